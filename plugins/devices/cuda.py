@@ -103,12 +103,13 @@ def load(
     max_rows = padded_rows(config.max_num_seqs * (1 + ahead), ahead)
     max_len = config.max_model_len or default_max_len(facts)
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
-    sizes = {"max_len": max_len, "max_rows": max_rows}
     with lane.loading():
-        model, checkpoint = load_model(config, choice, ops, lane.device, **sizes, progress=progress)
+        model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
         capturable = ops.capturable and model.capturable and model.attention.capturable
         graphs = not config.enforce_eager and (capturable or lane.device.type == "cpu")
-        drafters, lookahead = load_drafters(config, choice, model, ops, lane, **sizes, progress=progress, graphs=graphs)
+        drafters, lookahead = load_drafters(
+            config, choice, model, ops, lane, max_len=max_len, max_rows=max_rows, progress=progress, graphs=graphs
+        )
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     rounded = (config.quantization, config.lm_head_quantization)
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, rounded, sorted(choice.raw.items()), choice.kv)

@@ -294,6 +294,30 @@ def test_a_draft_model_changes_no_token(seed: int, load: Load, folder: Path, tmp
         assert driver.accepted >= driver.drafted - 4 * len(apt), name
 
 
+@pytest.mark.parametrize("width", [VOCAB + 31, VOCAB - 31])
+def test_a_draft_model_whose_vocabulary_is_padded_to_another_length(
+    width: int, load: Load, folder: Path, tmp_path: Path, make_tensors: Any
+) -> None:
+    """What only one of them has is never drafted, however likely the other holds it."""
+    other = tmp_path / "draft"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"vocab_size": width}))
+    tensors = make_tensors()
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+        more = 9 * torch.randn(max(0, width - VOCAB), tensors[name].shape[1], generator=torch.Generator().manual_seed(2))
+        tensors[name] = torch.cat([tensors[name][:width], more.to(tensors[name].dtype)])
+    save_file(tensors, other / "model.safetensors")
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    driver = Driver(
+        load(folder, deterministic=True, speculation=speculation(method="draft_model", model=str(other), num_speculative_tokens=K)),
+        WAYS["at once"],
+    )
+    driver.run(jobs)
+    assert said(jobs) == said(plain)
+    assert driver.accepted > 20
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_draft_model_of_no_numbers_is_refused(value: float, load: Load, folder: Path, tmp_path: Path, make_tensors: Any) -> None:
     """It would never have a draft, and nobody would miss them."""
