@@ -605,6 +605,7 @@ def test_a_log_tail_is_its_last_lines(tmp_path: Path) -> None:
         ("--peer a=http://a --peer-model b=/", "no --peer is called 'b'"),
         ("--peer a=http://a --peer-model a=/no/such", "something that exists"),
         ("--peer a=http://a --model /", "vocab_size"),
+        ("--peer a=http://a --json /no/such/file", "/no/such/file cannot be written"),
         ("--peer a=http://a --model / --shape tiny", "cannot hold beside"),
         ("--peer a=http://a --model /no/such", "does not exist"),
     ],
