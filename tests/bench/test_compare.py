@@ -161,6 +161,9 @@ class Told:
             records.append(Record(scheduled=0, done=times[-1], tokens=times, want=one.output, status=200, prompt_tokens=len(one.prompt)))
         return records, max(one.done for one in records)
 
+    def busy_s(self) -> float:
+        return 0.0
+
     def stop(self) -> None:
         self._seen.append(f"{self.name} stops")
 
@@ -260,6 +263,54 @@ def test_a_failing_peer_is_told_and_the_rest_goes_on() -> None:
     assert "| decode, tokens/s | well (well 1.0) | 10.0 | 10.0..10.0 | 1.00 (n=2) | 1.00..1.00 |" in text
 
 
+def test_a_turn_begins_when_the_others_are_idle() -> None:
+    """One whose threads look for work for a while after each turn."""
+    seen: list[str] = []
+
+    class Spinning(Told):
+        spins, used = 0, 0.0
+
+        def answer(self, load: Workload) -> tuple[list[Record], float]:
+            self.spins = 7
+            return super().answer(load)
+
+        def busy_s(self) -> float:
+            if self.spins:
+                self.spins -= 1
+                self.used += 1.0
+            return self.used
+
+    class Beside(Told):
+        def answer(self, load: Workload) -> tuple[list[Record], float]:
+            assert it.spins == 0, "it was asked beside another that was not idle"
+            return super().answer(load)
+
+    it = Spinning("it", seen)
+    turns = turned(seen, {OURS: Beside(OURS, seen), "it": it, "that": Beside("that", seen)}, rounds=3)
+    turns.run()
+    assert turns.result.failures == []
+    assert turns.result.restless == {}
+
+
+def test_who_is_never_idle_is_told() -> None:
+    seen: list[str] = []
+
+    class Restless(Told):
+        clock = 0.0
+
+        def busy_s(self) -> float:
+            Restless.clock += 3.2
+            return Restless.clock
+
+    turns = turned(
+        seen, {OURS: Told(OURS, seen), "it": Restless("it", seen)}, cases=[CASES["decode"]], rounds=1, now=lambda: Restless.clock
+    )
+    turns.run()
+    assert turns.result.restless == {"it": pytest.approx(3.2 / 12.8)}
+    assert "it was not idle: it used up to 0.25 cores" in tables.markdown(turns.result, {}, {})
+    assert tables.rows(turns.result)[1].values == [10.0], "and measured all the same"
+
+
 def test_no_turn_begins_after_the_limit() -> None:
     seen: list[str] = []
     turns = turned(
@@ -352,6 +403,7 @@ def test_a_command_is_started_asked_and_stopped(tmp_path: Path, wanted: Wanted) 
     entrant = start(fake(tmp_path, "--threads {threads} {untouched}"), wanted)
     try:
         assert entrant.about == "1.2.3, HTTP"
+        assert entrant.busy_s() > 0
         load = ASKED.load(CASES["offline"], 0)
         records, wall = entrant.answer(load)
         assert cases.figures(CASES["offline"], Turn(load=load, records=records, wall=wall))["output tokens/s"] > 0

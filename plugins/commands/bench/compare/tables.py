@@ -71,6 +71,10 @@ def rows(result: Comparison) -> list[Row]:
 def notes(result: Comparison) -> list[str]:
     """What a reader must know of what is missing."""
     said = [f"{name}: {why}" for name, why in result.failures]
+    said += [
+        f"{name} was not idle: it used up to {cores:.2f} cores while another was asked, whose figures are too low then. Try --one-at-a-time."
+        for name, cores in result.restless.items()
+    ]
     return [*said, f"Cut short: {result.cut}."] if result.cut else said
 
 
@@ -124,4 +128,4 @@ def as_json(result: Comparison) -> dict[str, Any]:
             one["times_as_fast"] = {"median": row.ratio.median, "low": row.ratio.low, "high": row.ratio.high, "pairs": row.ratio.pairs}
         figures.append(one)
     failures = [{"server": name, "why": why} for name, why in result.failures]
-    return {"servers": result.about, "figures": figures, "failures": failures, "cut": result.cut}
+    return {"servers": result.about, "figures": figures, "failures": failures, "restless_cores": result.restless, "cut": result.cut}
