@@ -118,6 +118,10 @@ class Entrant(Protocol):
         """CPU seconds of its processes so far; 0 for a server that somebody else runs."""
         ...
 
+    def memory_bytes(self) -> int:
+        """Of its processes now; 0 as above."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -136,6 +140,9 @@ class Server:
 
     def busy_s(self) -> float:
         return 0.0 if self._process is None else self._process.busy_s()
+
+    def memory_bytes(self) -> int:
+        return 0 if self._process is None else self._process.memory_bytes()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -197,6 +204,9 @@ class Stepped:
 
     def busy_s(self) -> float:
         return self._process.busy_s()
+
+    def memory_bytes(self) -> int:
+        return self._process.memory_bytes()
 
     def stop(self) -> None:
         self._process.stop()

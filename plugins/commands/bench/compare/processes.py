@@ -21,7 +21,7 @@ from typing import IO
 
 import psutil
 
-from penstock.plugins.commands.bench.footprint import cpu_seconds, tree
+from penstock.plugins.commands.bench.footprint import cpu_seconds, pss_bytes, tree
 
 GRACE_S = 20.0
 """After SIGTERM; then SIGKILL."""
@@ -81,6 +81,10 @@ class Process:
     def busy_s(self) -> float:
         """CPU seconds that it and what it started have used."""
         return cpu_seconds(tree(self.pid))
+
+    def memory_bytes(self) -> int:
+        """Of all of them together, each shared page once."""
+        return pss_bytes(tree(self.pid))
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         """The last lines of its log, and before them the last few errors that came earlier: a server's own processes tell the cause, it tells the consequence."""

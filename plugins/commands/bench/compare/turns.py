@@ -35,6 +35,10 @@ class Comparison:
     found: dict[tuple[str, str, str], list[float | None]] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     """(entrant, what happened)."""
+    ready_s: dict[str, float] = field(default_factory=dict)
+    """Of the first start."""
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    """After the last turn, of those whose processes are ours to look at."""
     restless: dict[str, float] = field(default_factory=dict)
     """Cores that an entrant used at most while another was asked, where that is enough to matter."""
     cut: str = ""
@@ -128,8 +132,10 @@ class Turns:
         except PeerFailed as error:
             self._lost(name, f"not started: {error}")
             return
+        took = self._now() - begun
         self.result.about[name] = self._up[name].about
-        self._say(f"{name}: ready after {self._now() - begun:.1f} s ({self._up[name].about})")
+        self.result.ready_s.setdefault(name, took)
+        self._say(f"{name}: ready after {took:.1f} s ({self._up[name].about})")
 
     def _warm(self, case: Case, name: str) -> None:
         """Not counted: first requests of a shape pay for compiling, for first touches of memory and files."""
@@ -151,6 +157,8 @@ class Turns:
         try:
             records, wall = entrant.answer(load)
             self._watch(others, before, wall)
+            if memory := entrant.memory_bytes():
+                self.result.memory_bytes[name] = memory
             return figures(case, Turn(load=load, records=records, wall=wall))
         except NotMeasured as error:
             self._out.add((case.name, name))
