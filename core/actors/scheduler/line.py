@@ -75,8 +75,6 @@ class Line:
         if len(board.waiting):
             count, asked = board.waiting.demand(parked=board.parked_live > 0)
             tokens += asked * board.uncached * min(1.0, len(slots.free) / max(count, 1))
-        if not tokens:
-            return budget
         before = int(slots.computed[board.prefilling[0]]) if board.prefilling else 0
         return pace.choose(rows.slots.size, rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
 

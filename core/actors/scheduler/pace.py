@@ -20,11 +20,13 @@ STRETCH = 1.2
 ALLOWED = 0.035
 """Of the rows that take a token, so many may be in a step that takes longer than the limit: less than the one in twenty that a P95 leaves."""
 LONG = 4.0
-"""Such a step takes at most so many limits."""
+"""Such a step takes at most so many limits where one is stated; else the whole budget of tokens."""
 PURSE = 12
 """So many of them may follow each other, when there was none for long."""
-SHARE = 1 / 32
+SHARE = 1 / 20
 """Of the steps of a mean answer: within so many what waits is computed, where nothing is stated."""
+FADE = 0.25
+"""So much of its surplus a rate loses within these steps, once less waits: slowly, so that the last of a prompt is not computed in ever smaller parts."""
 FIRST_ANSWER, FEWEST_STEPS = 128.0, 2.0
 """Tokens of an answer before any has ended; steps for what waits, at least."""
 LEAST = 32
@@ -47,7 +49,7 @@ class StepTimes:
     so many a position that decoding rows read, and a pair of positions that prompts attend. Learned by least squares, none below zero."""
 
     def __init__(self, knee: int) -> None:
-        self._knee = knee
+        self._knee = knee or 1 << 30
         self._squares = [np.zeros((5, 5)), np.zeros((5, 5))]
         """Of steps without prompts, and with."""
         self._products = [np.zeros(5), np.zeros(5)]
@@ -115,7 +117,7 @@ class StepTimes:
 
 
 class Pace:
-    """`target_ns`: of a step, stated; 0: none is. `knee`: see StepTimes."""
+    """`target_ns`: of a step, stated; 0: none is. `knee`: see StepTimes; 0: it is not known."""
 
     def __init__(self, target_ns: float, knee: int) -> None:
         self.target_ns = target_ns
@@ -129,6 +131,8 @@ class Pace:
         self._purse = 0.0
         """Rows that may be in steps that take longer; below zero: there were more."""
         self._skipped = 0
+        self._rate = 0.0
+        """Prompt tokens of a step that are due, where nothing is stated."""
 
     # ------------------------------------------------------------------ what is learned
 
@@ -161,13 +165,17 @@ class Pace:
         """Prompt tokens for a step in which `rows` rows compute `tokens` tokens and read `positions` positions, while `waiting` prompt tokens
         wait, behind `before` of their own."""
         times = self.times
-        if not times.known:
+        if not waiting:
+            self._rate = 0.0
+        if not waiting or not times.known:
             return budget
         self.limit_ns = limit = self.target_ns or STRETCH * times.time(tokens, positions)
         if self._purse >= rows:
-            limit *= LONG
+            limit = limit * LONG if self.target_ns else math.inf
         most = max(times.room(tokens, positions, before, limit), LEAST)
         if not self.target_ns:
-            most = max(most, waiting / max(FEWEST_STEPS, SHARE * self._answer))
+            steps = max(FEWEST_STEPS, SHARE * self._answer)
+            self._rate = max(waiting / steps, self._rate * (1 - FADE / steps))
+            most = max(most, self._rate)
         self.most = found = math.ceil(min(most, budget))
         return found
