@@ -23,6 +23,7 @@ from penstock.core.contract.policy import SchedulePolicy
 from penstock.core.protocol.columns import EMPTY_I64, I32, Column, i32, i64, u8
 from penstock.core.protocol.messages import (
     EngineStats,
+    PaceStats,
     Plan,
     StepTokens,
 )
@@ -139,6 +140,8 @@ class Board:
         self.drained = False
         self.lost = False
         self.pace = None if settings.itl_target_ns is None else Pace(settings.itl_target_ns, settings.prefill_knee)
+        self.paced = None if self.pace is None else PaceStats()
+        """What the pace chose last."""
         # --- drafts
         self.drafting: Drafting | None = None
         self.wishes = 0
@@ -217,6 +220,7 @@ class Board:
             batch_tokens=batch_tokens,
             quarantined=quarantined,
             speculation=None if self.drafting is None else self.drafting.stats(),
+            pace=self.paced,
         )
 
     def report(self, rows: list[tuple[int, int, int, int]], errors: list[str] | None = None, **columns: Any) -> StepTokens:

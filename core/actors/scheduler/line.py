@@ -20,6 +20,7 @@ from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Entry
 from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import PaceStats
 
 
 class Line:
@@ -76,7 +77,10 @@ class Line:
             count, asked = board.waiting.demand(parked=board.parked_live > 0)
             tokens += asked * board.uncached * min(1.0, len(slots.free) / max(count, 1))
         before = int(slots.computed[board.prefilling[0]]) if board.prefilling else 0
-        return pace.choose(rows.slots.size, rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
+        most = pace.choose(rows.slots.size, rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
+        if tokens:
+            board.paced = PaceStats(limit_ns=round(pace.limit_ns), prompt_tokens=most)
+        return most
 
     def take_chunks(self, outline: Outline) -> None:
         """Prompts that are being computed, first admitted first."""

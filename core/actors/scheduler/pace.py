@@ -19,6 +19,8 @@ STRETCH = 1.2
 """A step with prompts may take so much longer than one without, where nothing is stated."""
 ALLOWED = 0.035
 """Of the rows that take a token, so many may be in a step that takes longer than the limit: less than the one in twenty that a P95 leaves."""
+MARGIN = 0.95
+"""Of a stated limit: what a step is planned to take, since what it takes is not known exactly."""
 LONG = 4.0
 """Such a step takes at most so many limits where one is stated; else the whole budget of tokens."""
 PURSE = 12
@@ -124,8 +126,6 @@ class Pace:
         self.times = StepTimes(knee)
         self.limit_ns = target_ns
         """Of the step that was planned last with prompts that waited."""
-        self.most = 0
-        """Prompt tokens that it might have."""
         self._answer = FIRST_ANSWER
         self._answers = 1.0
         self._purse = 0.0
@@ -169,7 +169,8 @@ class Pace:
             self._rate = 0.0
         if not waiting or not times.known:
             return budget
-        self.limit_ns = limit = self.target_ns or STRETCH * times.time(tokens, positions)
+        self.limit_ns = self.target_ns or STRETCH * times.time(tokens, positions)
+        limit = self.limit_ns * MARGIN if self.target_ns else self.limit_ns
         if self._purse >= rows:
             limit = limit * LONG if self.target_ns else math.inf
         most = max(times.room(tokens, positions, before, limit), LEAST)
@@ -177,5 +178,4 @@ class Pace:
             steps = max(FEWEST_STEPS, SHARE * self._answer)
             self._rate = max(waiting / steps, self._rate * (1 - FADE / steps))
             most = max(most, self._rate)
-        self.most = found = math.ceil(min(most, budget))
-        return found
+        return math.ceil(min(most, budget))
