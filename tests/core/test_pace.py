@@ -75,7 +75,11 @@ class Load:
                     out = handling.send(reply)
                 except StopIteration:
                     break
-                reply = next(iter(self.kv.handle(out.question))) if isinstance(out, Ask) else self._route(out)
+                reply = None
+                if isinstance(out, Ask):
+                    (reply,) = self.kv.handle(out.question)
+                else:
+                    self._route(out)
 
     def _route(self, out: Message) -> None:
         if isinstance(out, Plan):

@@ -163,7 +163,7 @@ class Landing:
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
         if ends:
-            if board.pace is not None and (over := np.count_nonzero(reasons)):
+            if board.pace is not None and (over := int(np.count_nonzero(reasons))):
                 board.pace.answered(int(offsets[reasons != 0].sum()) + over, over)
             if board.drafting is not None:
                 columns |= board.drafting.told(drawn.which(np.flatnonzero(reasons)))

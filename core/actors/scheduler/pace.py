@@ -99,7 +99,8 @@ class StepTimes:
         return below + (left - each * below) / each_more if each_more > 0 else math.inf
 
     def _row(self, tokens: int, positions: int, pairs: int) -> npt.NDArray[np.float64]:
-        return np.array([1.0, tokens, max(0, tokens - self._knee), positions, pairs]) * _UNIT
+        row: npt.NDArray[np.float64] = np.array([1.0, tokens, max(0, tokens - self._knee), positions, pairs]) * _UNIT
+        return row
 
     def _solve(self) -> None:
         """What fits best of what is not below zero: whatever comes out below is left out, and the rest is fitted again."""
