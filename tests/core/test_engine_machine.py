@@ -114,7 +114,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             loose: bool,
             park: int,
         ) -> None:
-            self.options = {
+            self.options: dict[str, Any] = {
                 "depth": depth,
                 "max_num_seqs": slots,
                 "max_num_batched_tokens": budget if chunked else max(budget, 8),
