@@ -16,10 +16,12 @@ from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.forecast import Outlook
 from penstock.core.actors.scheduler.outline import Outline
+from penstock.core.actors.scheduler.pace import Pace
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Entry
 from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import PaceStats
 
 
 class Line:
@@ -62,20 +64,23 @@ class Line:
         if rows.slots.size:
             outline.rows = rows
             outline.budget -= rows.tokens
+            if board.pace is not None:
+                outline.budget = min(outline.budget, self._paced(board.pace, rows, outline.budget))
             if board.settings.mixed_prefill_tokens:
-                outline.budget = min(outline.budget, self._mixed_most(rows.slots.size))
+                outline.budget = min(outline.budget, board.settings.mixed_prefill_tokens)
 
-    def _mixed_most(self, running: int) -> int:
-        """Prompt tokens for a step with so many decodes. Every token delays all that run, so the bound gives way to how many wait for each two that run:
-        when many do, how fast the queue is worked off matters more than a few milliseconds between tokens. A sequence counts with no more tokens than
-        the bound, so that a long prompt by itself never raises it."""
+    def _paced(self, pace: Pace, rows: Rows, budget: int) -> int:
+        """Prompt tokens beside these rows. Of those who wait only as many count as there are free slots for."""
         board = self._board
-        most = board.settings.mixed_prefill_tokens
-        if board.settings.mixed_prefill_gives_way:
-            slots = board.slots
-            count, tokens = board.waiting.demand(most, parked=board.parked_live > 0)
-            tokens += sum(min(most, int(slots.length[slot] - slots.computed[slot])) for slot in board.prefilling)
-            most = max(most, tokens * (count + len(board.prefilling)) // (2 * running))
+        slots = board.slots
+        tokens = float(sum(int(slots.length[slot] - slots.computed[slot]) for slot in board.prefilling))
+        if len(board.waiting):
+            count, asked = board.waiting.demand(parked=board.parked_live > 0)
+            tokens += asked * board.uncached * min(1.0, len(slots.free) / max(count, 1))
+        before = int(slots.computed[board.prefilling[0]]) if board.prefilling else 0
+        most = pace.choose(rows.slots.size, rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
+        if tokens:
+            board.paced = PaceStats(limit_ns=round(pace.limit_ns), prompt_tokens=most)
         return most
 
     def take_chunks(self, outline: Outline) -> None:
