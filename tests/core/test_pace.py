@@ -13,7 +13,7 @@ import pytest
 
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler.board import SchedulerSettings
-from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, Pace, StepTimes
+from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, PURSE, Pace, StepTimes
 from penstock.core.actors.scheduler.scheduler import Scheduler
 from penstock.core.protocol.columns import I32, i32
 from penstock.core.protocol.messages import Admit, Forward, Message, Plan, Sample, StepDone, StepTokens, seq_of
@@ -155,6 +155,12 @@ class Load:
             self.finish()
         return self
 
+    def restart(self) -> None:
+        """What was measured so far does not count."""
+        self.begun, self.tokens = self.clock.now_ns(), 0
+        for seen in (self.gaps, self.moments, self.firsts, self.last):
+            seen.clear()
+
     @property
     def speed(self) -> float:
         return self.tokens / (max(self.last.values()) - self.begun)
@@ -195,9 +201,14 @@ def test_arrivals_at_random_leave_the_gaps_between_tokens_even(cost: Any, rate: 
 
 @pytest.mark.parametrize("budget", [2048, 8192])
 @pytest.mark.parametrize("cost", [linear, kneed])
-def test_a_closed_loop_loses_no_throughput(cost: Any, budget: int) -> None:
-    free = Load(cost, max_num_batched_tokens=budget).closed(64, 256, 1024, 256)
-    paced = Load(cost, max_num_batched_tokens=budget, **PACED).closed(64, 256, 1024, 256)
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_closed_loop_loses_no_throughput(cost: Any, budget: int, warm: bool) -> None:
+    """Also where step times are known when the crowd comes."""
+    free, paced = Load(cost, max_num_batched_tokens=budget), Load(cost, max_num_batched_tokens=budget, **PACED)
+    for load in (free, paced):
+        load.closed(8, 40 if warm else 0, 700, 40)
+        load.restart()
+        load.closed(64, 256, 1024, 256)
     assert paced.speed > 0.98 * free.speed
     assert paced.gap(0.95) < 1.02 * free.gap(0.95)
 
@@ -282,8 +293,12 @@ def test_a_hiccup_says_little_and_no_rate_is_negative() -> None:
 
 def test_nothing_is_bounded_before_times_are_known() -> None:
     pace = Pace(0, 256)
-    assert pace.choose(4, 4, 400, 5000, 0, 2048) == 2048
+    assert pace.choose(4, 400, 5000, 0, 2048) == 2048
     for _ in range(ENOUGH + 8):
         pace.times.learn(4, 400, 0, False, round(linear(4, 400, 0)))
         pace.times.learn(104, 400, 5000, True, round(linear(104, 400, 5000)))
-    assert LEAST <= pace.choose(4, 4, 400, 100, 0, 2048) < 2048
+    assert pace.choose(4, 400, 100, 0, 2048) == 2048, "few took longer yet"
+    pace.choose(4, 400, 100, 0, 2048)
+    for _ in range(PURSE + 1):
+        pace.beside(60_000_000, pace.limit_ns)
+    assert LEAST <= pace.choose(4, 400, 100, 0, 2048) < 2048
