@@ -8,6 +8,7 @@ import random
 from collections import deque
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,7 +16,10 @@ from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler.board import SchedulerSettings
 from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, PURSE, Pace, StepTimes
 from penstock.core.actors.scheduler.scheduler import Scheduler
+from penstock.core.contract.fake_device import FakeDevice
+from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import I32, i32
+from penstock.core.protocol.config import build
 from penstock.core.protocol.messages import Admit, Forward, Message, Plan, Sample, StepDone, StepTokens, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import Ask
@@ -302,3 +306,32 @@ def test_nothing_is_bounded_before_times_are_known() -> None:
     for _ in range(PURSE + 1):
         pace.beside(60_000_000, pace.limit_ns)
     assert LEAST <= pace.choose(4, 400, 100, 0, 2048) < 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "knee", "target"),
+    [
+        ({}, 256, 0),
+        ({}, 0, None),
+        ({"mixed_prefill_tokens": 64}, 256, None),
+        ({"mixed_prefill_tokens": 0}, 256, None),
+        ({"enable_chunked_prefill": False, "max_model_len": 64}, 256, None),
+        ({"itl_target_ms": 0.0}, 256, None),
+        ({"itl_target_ms": 12.5}, 0, 12_500_000),
+        ({"itl_target_ms": 12.5, "mixed_prefill_tokens": 64}, 256, 12_500_000),
+    ],
+)
+def test_who_has_a_target(options: dict[str, Any], knee: int, target: int | None) -> None:
+    device = FakeDevice()
+    device.capabilities = msgspec.structs.replace(device.capabilities, mixed_prefill_tokens=knee)
+    engine = Engine(build(options), output=lambda _: None, device=device, policy=FirstComeFirstServed())
+    assert engine._itl_target_ns(device.capabilities) == target
+
+
+def test_what_was_chosen_is_told() -> None:
+    paced = Load(**PACED).run([(0.0, 100, 400)] * 8 + [(0.05 * n + 0.5, 900, 8) for n in range(60)])
+    told = paced.scheduler._board.stats(0).pace
+    assert told is not None
+    assert told.limit_ns > 0
+    assert LEAST <= told.prompt_tokens <= 2048
+    assert Load(**FREE).scheduler._board.stats(0).pace is None
