@@ -8,14 +8,18 @@ import random
 from collections import deque
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler.board import SchedulerSettings
-from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, Pace, StepTimes
+from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, PURSE, Pace, StepTimes
 from penstock.core.actors.scheduler.scheduler import Scheduler
+from penstock.core.contract.fake_device import FakeDevice
+from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import I32, i32
+from penstock.core.protocol.config import build
 from penstock.core.protocol.messages import Admit, Forward, Message, Plan, Sample, StepDone, StepTokens, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import Ask
@@ -155,6 +159,12 @@ class Load:
             self.finish()
         return self
 
+    def restart(self) -> None:
+        """What was measured so far does not count."""
+        self.begun, self.tokens = self.clock.now_ns(), 0
+        for seen in (self.gaps, self.moments, self.firsts, self.last):
+            seen.clear()
+
     @property
     def speed(self) -> float:
         return self.tokens / (max(self.last.values()) - self.begun)
@@ -195,9 +205,14 @@ def test_arrivals_at_random_leave_the_gaps_between_tokens_even(cost: Any, rate: 
 
 @pytest.mark.parametrize("budget", [2048, 8192])
 @pytest.mark.parametrize("cost", [linear, kneed])
-def test_a_closed_loop_loses_no_throughput(cost: Any, budget: int) -> None:
-    free = Load(cost, max_num_batched_tokens=budget).closed(64, 256, 1024, 256)
-    paced = Load(cost, max_num_batched_tokens=budget, **PACED).closed(64, 256, 1024, 256)
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_closed_loop_loses_no_throughput(cost: Any, budget: int, warm: bool) -> None:
+    """Also where step times are known when the crowd comes."""
+    free, paced = Load(cost, max_num_batched_tokens=budget), Load(cost, max_num_batched_tokens=budget, **PACED)
+    for load in (free, paced):
+        load.closed(8, 40 if warm else 0, 700, 40)
+        load.restart()
+        load.closed(64, 256, 1024, 256)
     assert paced.speed > 0.98 * free.speed
     assert paced.gap(0.95) < 1.02 * free.gap(0.95)
 
@@ -282,8 +297,41 @@ def test_a_hiccup_says_little_and_no_rate_is_negative() -> None:
 
 def test_nothing_is_bounded_before_times_are_known() -> None:
     pace = Pace(0, 256)
-    assert pace.choose(4, 4, 400, 5000, 0, 2048) == 2048
+    assert pace.choose(4, 400, 5000, 0, 2048) == 2048
     for _ in range(ENOUGH + 8):
         pace.times.learn(4, 400, 0, False, round(linear(4, 400, 0)))
         pace.times.learn(104, 400, 5000, True, round(linear(104, 400, 5000)))
-    assert LEAST <= pace.choose(4, 4, 400, 100, 0, 2048) < 2048
+    assert pace.choose(4, 400, 100, 0, 2048) == 2048, "few took longer yet"
+    pace.choose(4, 400, 100, 0, 2048)
+    for _ in range(PURSE + 1):
+        pace.beside(60_000_000, pace.limit_ns)
+    assert LEAST <= pace.choose(4, 400, 100, 0, 2048) < 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "knee", "target"),
+    [
+        ({}, 256, 0),
+        ({}, 0, None),
+        ({"mixed_prefill_tokens": 64}, 256, None),
+        ({"mixed_prefill_tokens": 0}, 256, None),
+        ({"enable_chunked_prefill": False, "max_model_len": 64}, 256, None),
+        ({"itl_target_ms": 0.0}, 256, None),
+        ({"itl_target_ms": 12.5}, 0, 12_500_000),
+        ({"itl_target_ms": 12.5, "mixed_prefill_tokens": 64}, 256, 12_500_000),
+    ],
+)
+def test_who_has_a_target(options: dict[str, Any], knee: int, target: int | None) -> None:
+    device = FakeDevice()
+    device.capabilities = msgspec.structs.replace(device.capabilities, mixed_prefill_tokens=knee)
+    engine = Engine(build(options), output=lambda _: None, device=device, policy=FirstComeFirstServed())
+    assert engine._itl_target_ns(device.capabilities) == target
+
+
+def test_what_was_chosen_is_told() -> None:
+    paced = Load(**PACED).run([(0.0, 100, 400)] * 8 + [(0.05 * n + 0.5, 900, 8) for n in range(60)])
+    told = paced.scheduler._board.stats(0).pace
+    assert told is not None
+    assert told.limit_ns > 0
+    assert LEAST <= told.prompt_tokens <= 2048
+    assert Load(**FREE).scheduler._board.stats(0).pace is None

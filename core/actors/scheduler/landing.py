@@ -108,9 +108,9 @@ class Landing:
             rows, positions, pairs, limit_ns = flight.beside
             pace.times.learn(flight.tokens, positions, pairs, True, ns)
             if rows:
-                pace.beside(rows, ns, limit_ns)
+                pace.beside(ns, limit_ns)
         elif flight.rows.slots.size:
-            pace.rested(flight.rows.slots.size)
+            pace.rested()
             if pace.due():
                 pace.times.learn(flight.tokens, int(flight.positions.sum()), 0, False, ns)
 

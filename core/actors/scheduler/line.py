@@ -78,7 +78,7 @@ class Line:
             count, asked = board.waiting.demand(parked=board.parked_live > 0)
             tokens += asked * board.uncached * min(1.0, len(slots.free) / max(count, 1))
         before = int(slots.computed[board.prefilling[0]]) if board.prefilling else 0
-        most = pace.choose(rows.slots.size, rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
+        most = pace.choose(rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
         if tokens:
             board.paced = PaceStats(limit_ns=round(pace.limit_ns), prompt_tokens=most)
         return most

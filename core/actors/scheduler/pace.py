@@ -18,7 +18,7 @@ import numpy.typing as npt
 STRETCH = 1.2
 """A step with prompts may take so much longer than one without, where nothing is stated."""
 ALLOWED = 0.035
-"""Of the rows that take a token, so many may be in a step that takes longer than the limit: less than the one in twenty that a P95 leaves."""
+"""Of the steps that decode, so many may take longer than the limit: less than the one in twenty that a P95 leaves."""
 MARGIN = 0.95
 """Of a stated limit: what a step is planned to take, since what it takes is not known exactly."""
 LONG = 4.0
@@ -129,8 +129,8 @@ class Pace:
         """Of the step that was planned last with prompts that waited."""
         self._answer = FIRST_ANSWER
         self._answers = 1.0
-        self._purse = 0.0
-        """Rows that may be in steps that take longer; below zero: there were more."""
+        self._purse = float(PURSE)
+        """Steps that may take longer; below zero: there were more. Steps, not rows: so that those in which a crowd begins are not the dearer the more of it runs."""
         self._skipped = 0
         self._rate = 0.0
         """Prompt tokens of a step that are due, where nothing is stated."""
@@ -145,15 +145,15 @@ class Pace:
         self._skipped = 0
         return True
 
-    def rested(self, rows: int) -> None:
-        """A step of so many rows had no prompts."""
-        self._purse = min(self._purse + ALLOWED * rows, float(PURSE * rows))
+    def rested(self) -> None:
+        """A step that decoded had no prompts."""
+        self._purse = min(self._purse + ALLOWED, PURSE)
 
-    def beside(self, rows: int, ns: int, limit_ns: float) -> None:
-        """A step of so many rows that take a token had prompts, and took so long, where it should not have taken longer than that limit."""
-        self.rested(rows)
+    def beside(self, ns: int, limit_ns: float) -> None:
+        """A step that decoded had prompts, and took so long, where it should not have taken longer than that limit."""
+        self.rested()
         if ns > limit_ns > 0:
-            self._purse = max(self._purse - rows, -float(PURSE * rows))
+            self._purse = max(self._purse - 1, -PURSE)
 
     def answered(self, tokens: int, answers: int) -> None:
         """So many answers have ended, of so many tokens together."""
@@ -162,8 +162,8 @@ class Pace:
 
     # ------------------------------------------------------------------ the choice
 
-    def choose(self, rows: int, tokens: int, positions: int, waiting: int, before: int, budget: int) -> int:
-        """Prompt tokens for a step in which `rows` rows compute `tokens` tokens and read `positions` positions, while `waiting` prompt tokens
+    def choose(self, tokens: int, positions: int, waiting: int, before: int, budget: int) -> int:
+        """Prompt tokens for a step whose decodes compute `tokens` tokens and read `positions` positions, while `waiting` prompt tokens
         wait, behind `before` of their own."""
         times = self.times
         if not waiting:
@@ -172,7 +172,7 @@ class Pace:
             return budget
         self.limit_ns = self.target_ns or STRETCH * times.time(tokens, positions)
         limit = self.limit_ns * MARGIN if self.target_ns else self.limit_ns
-        if self._purse >= rows:
+        if self._purse >= 1:
             limit = limit * LONG if self.target_ns else math.inf
         most = max(times.room(tokens, positions, before, limit), LEAST)
         if not self.target_ns:
