@@ -267,4 +267,5 @@ def test_stored_as_the_reference_does(
         if mine.dtype == torch.bfloat16:
             assert torch.equal(mine.isnan(), theirs.isnan())
             mine, theirs = mine.nan_to_num(0.0), theirs.nan_to_num(0.0)
-        assert torch.equal(mine, theirs)
+        wrong = (mine != theirs).nonzero()
+        assert not len(wrong), (wrong[:20].tolist(), mine[mine != theirs][:20].tolist(), theirs[mine != theirs][:20].tolist())
