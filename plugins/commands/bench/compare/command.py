@@ -125,6 +125,8 @@ def compare(
         raise click.BadParameter(f"no --peer is called {strange[0]!r}.", param_hint="--peer-model")
     if model is not None and shape is not None:
         raise click.UsageError("--shape makes a model, so it cannot hold beside --model.")
+    for file in (json_file, None if markdown_file == "-" else markdown_file):
+        writable(file)
     ours = (*serve_args, *(("--threads", str(threads)) if threads and "--threads" not in serve_args else ()))
     facts = machine.facts()
     settings = {
@@ -191,6 +193,15 @@ def compare(
 def _say(text: str) -> None:
     """Progress goes beside the table, not into it."""
     click.echo(text, err=True)
+
+
+def writable(file: str | None) -> None:
+    """Before an hour of measuring, not after it."""
+    try:
+        if file is not None:
+            Path(file).open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise click.BadParameter(f"{file} cannot be written ({error}).") from None
 
 
 def shape_of(folder: str) -> tuple[int, int | None]:

@@ -114,6 +114,14 @@ class Entrant(Protocol):
         """One turn: records and wall seconds. Raises NotMeasured for a turn that failed, PeerFailed where it is not there any more."""
         ...
 
+    def busy_s(self) -> float:
+        """CPU seconds of its processes so far; 0 for a server that somebody else runs."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Of its processes now; 0 as above."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -129,6 +137,12 @@ class Server:
         if self._process is not None and self._process.left():
             raise PeerFailed(with_log("it ended while it was asked", self._process))
         return records, wall
+
+    def busy_s(self) -> float:
+        return 0.0 if self._process is None else self._process.busy_s()
+
+    def memory_bytes(self) -> int:
+        return 0 if self._process is None else self._process.memory_bytes()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -187,6 +201,12 @@ class Stepped:
         if not isinstance(found, dict):
             raise PeerFailed(with_log(f"its worker said {line[:200]!r}", self._process))
         return found
+
+    def busy_s(self) -> float:
+        return self._process.busy_s()
+
+    def memory_bytes(self) -> int:
+        return self._process.memory_bytes()
 
     def stop(self) -> None:
         self._process.stop()

@@ -21,6 +21,8 @@ from typing import IO
 
 import psutil
 
+from penstock.plugins.commands.bench.footprint import cpu_seconds, pss_bytes, tree
+
 GRACE_S = 20.0
 """After SIGTERM; then SIGKILL."""
 TAIL_LINES = 12
@@ -75,6 +77,14 @@ class Process:
     def left(self) -> bool:
         """Has the command ended? It stays unreaped until `stop`, so that its number, which is also its group's, is nobody else's."""
         return self._process.returncode is not None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def busy_s(self) -> float:
+        """CPU seconds that it and what it started have used."""
+        return cpu_seconds(tree(self.pid))
+
+    def memory_bytes(self) -> int:
+        """Of all of them together, each shared page once."""
+        return pss_bytes(tree(self.pid))
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         """The last lines of its log, and before them the last few errors that came earlier: a server's own processes tell the cause, it tells the consequence."""

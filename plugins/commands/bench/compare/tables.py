@@ -71,7 +71,19 @@ def rows(result: Comparison) -> list[Row]:
 def notes(result: Comparison) -> list[str]:
     """What a reader must know of what is missing."""
     said = [f"{name}: {why}" for name, why in result.failures]
+    said += [
+        f"{name} was not idle: it used up to {cores:.2f} cores while another was asked, whose figures are too low then. Try --one-at-a-time."
+        for name, cores in result.restless.items()
+    ]
     return [*said, f"Cut short: {result.cut}."] if result.cut else said
+
+
+def upkeep(result: Comparison) -> list[str]:
+    """What each takes besides time, a line each; nothing of those that somebody else runs."""
+    return [
+        f"{name}: ready after {result.ready_s[name]:.1f} s, {memory / 2**20:,.0f} MiB (PSS of all its processes) after its last turn"
+        for name, memory in result.memory_bytes.items()
+    ]
 
 
 def markdown(result: Comparison, facts: Mapping[str, str], settings: Mapping[str, str]) -> str:
@@ -79,7 +91,7 @@ def markdown(result: Comparison, facts: Mapping[str, str], settings: Mapping[str
     lines += [f"- *{case.name}*: {case.what}" for case in result.cases]
     lines += ["", f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     lines += [f"| {' | '.join(_cell(cell) for cell in row.cells())} |" for row in rows(result)]
-    lines += ["", READING]
+    lines += ["", READING, "", *(f"- {line}" for line in upkeep(result))]
     for note in notes(result):
         first, _, rest = note.partition("\n")
         lines += ["", first, *(["", "```", rest.replace("```", "'''"), "```"] if rest else [])]
@@ -110,7 +122,8 @@ def show(result: Comparison, facts: Mapping[str, str], settings: Mapping[str, st
         table.add_row(*(Text(cell) for cell in cells))
         before = cells[0]
     console.print(table)
-    console.print(READING, highlight=False)
+    for line in (READING, *upkeep(result)):
+        console.print(line, highlight=False, markup=False)
     for note in notes(result):
         console.print(Text(note, style="red"))
 
@@ -124,4 +137,5 @@ def as_json(result: Comparison) -> dict[str, Any]:
             one["times_as_fast"] = {"median": row.ratio.median, "low": row.ratio.low, "high": row.ratio.high, "pairs": row.ratio.pairs}
         figures.append(one)
     failures = [{"server": name, "why": why} for name, why in result.failures]
-    return {"servers": result.about, "figures": figures, "failures": failures, "cut": result.cut}
+    rest = {"ready_s": result.ready_s, "memory_bytes": result.memory_bytes, "restless_cores": result.restless, "cut": result.cut}
+    return {"servers": result.about, "figures": figures, "failures": failures, **rest}

@@ -16,7 +16,12 @@ from penstock.plugins.commands.bench.compare.cases import WARMING, Asked, Case, 
 from penstock.plugins.commands.bench.compare.peers import Entrant, Peer, PeerFailed
 
 SETTLE_S = 0.3
-"""Between turns: threads that wait actively for their next work go to sleep meanwhile."""
+IDLE_CORES = 0.05
+PATIENCE_S = 15.0
+"""Before a turn the others' processor time is looked at for so long, again and again until they are idle: threads that wait actively for their next work keep a core for a second or
+more after the last (vLLM's do), and whoever came next would be measured beside them."""
+LEAST_S = 0.05
+"""Processor time is counted in hundredths of a second: less than a few of them says nothing."""
 
 
 @dataclass(kw_only=True)
@@ -30,6 +35,12 @@ class Comparison:
     found: dict[tuple[str, str, str], list[float | None]] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     """(entrant, what happened)."""
+    ready_s: dict[str, float] = field(default_factory=dict)
+    """Of the first start."""
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    """After the last turn, of those whose processes are ours to look at."""
+    restless: dict[str, float] = field(default_factory=dict)
+    """Cores that an entrant used at most while another was asked, where that is enough to matter."""
     cut: str = ""
     """Why rounds are missing."""
 
@@ -121,8 +132,10 @@ class Turns:
         except PeerFailed as error:
             self._lost(name, f"not started: {error}")
             return
+        took = self._now() - begun
         self.result.about[name] = self._up[name].about
-        self._say(f"{name}: ready after {self._now() - begun:.1f} s ({self._up[name].about})")
+        self.result.ready_s.setdefault(name, took)
+        self._say(f"{name}: ready after {took:.1f} s ({self._up[name].about})")
 
     def _warm(self, case: Case, name: str) -> None:
         """Not counted: first requests of a shape pay for compiling, for first touches of memory and files."""
@@ -137,10 +150,15 @@ class Turns:
         entrant = self._up.get(name)
         if entrant is None or (case.name, name) in self._out or self._late():
             return {}
-        time.sleep(self._settle_s)
         load = self._asked.load(case, round_)
+        others = [one for one in self._up.values() if one is not entrant]
+        self._settle(others)
+        before = [one.busy_s() for one in others]
         try:
             records, wall = entrant.answer(load)
+            self._watch(others, before, wall)
+            if memory := entrant.memory_bytes():
+                self.result.memory_bytes[name] = memory
             return figures(case, Turn(load=load, records=records, wall=wall))
         except NotMeasured as error:
             self._out.add((case.name, name))
@@ -148,6 +166,21 @@ class Turns:
         except PeerFailed as error:
             self._lost(name, f"left out from {case.name} on: {error}")
         return {}
+
+    def _settle(self, others: list[Entrant]) -> None:
+        begun = self._now()
+        while True:
+            before = sum(one.busy_s() for one in others)
+            time.sleep(self._settle_s)
+            if sum(one.busy_s() for one in others) - before <= IDLE_CORES * self._settle_s or self._now() - begun >= PATIENCE_S:
+                return
+
+    def _watch(self, others: list[Entrant], before: list[float], wall: float) -> None:
+        """Who was not idle while another worked is told, with the figures."""
+        for one, used in zip(others, before, strict=True):
+            seconds = one.busy_s() - used
+            if seconds > LEAST_S and seconds / wall > IDLE_CORES:
+                self.result.restless[one.name] = max(seconds / wall, self.result.restless.get(one.name, 0.0))
 
     def _lost(self, name: str, why: str) -> None:
         self._gone.add(name)
