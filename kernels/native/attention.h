@@ -59,52 +59,91 @@ static long attention_plan(attention *a, int32_t *unit_start) {
 }
 
 /* Softmax weights of one row in one tile, in place. Scores are in units of log2 (the queries carry scale * log2 e); lanes [lo, hi) are visible,
- * `lanes` were computed. Updates the row's maximum, sum and output. `narrow`: the weights become bfloat16, at the front of their row. */
-INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim, const int narrow) {
+ * `lanes` were computed. Updates the row's maximum, its 16 partial sums, whatever VL is, and its output; lanes that are not visible add exact zeros. */
+INLINE void hide_outside(float *s, long lanes, long lo, long hi) {
+    const vf none = vset(-INFINITY);
+    vi iota;
+    for (int i = 0; i < VL; i++) iota[i] = i;
+    for (long j = 0; j < lanes; j += VL) {
+        vi at = iota + (int32_t)j;
+        vstore(s + j, vselect((vu)((at >= (int32_t)lo) & (at < (int32_t)hi)), vload(s + j), none));
+    }
+}
+/* The sum of 16 partial ones, as a fixed tree. */
+INLINE float fold(const float *sum) {
+    vf all = vload(sum);
+    for (long j = VL; j < 16; j += VL) all += vload(sum + j);
+    return hsum(all);
+}
+/* A greater base of the weights: what was summed up shrinks. */
+INLINE void rebase(float before, float now, float *sum, float *o, long dim) {
+    const float keep = vexp2_falling(vset(before - now))[0];
+    for (long j = 0; j < 16; j += VL) vstore(sum + j, vload(sum + j) * keep);
+    for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
+}
+INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim) {
     if (hi <= lo) {
-        memset(s, 0, (size_t)lanes * (narrow ? 2 : 4));
+        memset(s, 0, (size_t)lanes * 4);
         return;
     }
+    if (lo > 0 || hi < lanes) hide_outside(s, lanes, lo, hi);
     vf top = vset(-INFINITY);
-    if (lo > 0 || hi < lanes) {
-        const vf none = vset(-INFINITY);
-        vi iota;
-        for (int i = 0; i < VL; i++) iota[i] = i;
-        for (long j = 0; j < lanes; j += VL) {
-            vi at = iota + (int32_t)j;
-            vf v = vselect((vu)((at >= (int32_t)lo) & (at < (int32_t)hi)), vload(s + j), none);
-            vstore(s + j, v);
-            top = vmax(v, top);
-        }
-    } else {
-        for (long j = 0; j < lanes; j += VL) top = vmax(vload(s + j), top);
-    }
+    for (long j = 0; j < lanes; j += VL) top = vmax(vload(s + j), top);
     const float before = *maximum, seen = hmax(top), now = before > seen ? before : seen, base = now == -INFINITY ? 0.0f : now;
-    /* 16 partial sums whatever VL is; lanes that are not visible add exact zeros. */
+    if (now != before) { /* else times 1 would give the same bits */
+        rebase(before, base, sum, o, dim);
+        *maximum = now;
+    }
     vf part[16 / VL];
-    for (int j = 0; j < 16 / VL; j++) part[j] = vset(0.0f);
+    for (int j = 0; j < 16 / VL; j++) part[j] = vload(sum + j * VL);
     for (long j = 0; j < lanes; j += 16)
 #pragma GCC unroll 4
         for (int i = 0; i < 16 / VL; i++) {
             vf p = vexp2_falling(vload(s + j + i * VL) - base);
-            if (narrow) {
-                vstore_as(s, j + i * VL, p, 1);
-                p = vload_as(s, j + i * VL, 1);
-            } else
-                vstore(s + j + i * VL, p);
+            vstore(s + j + i * VL, p);
             part[i] += p;
         }
-    vf all = part[0];
-    for (int j = 1; j < 16 / VL; j++) all += part[j];
-    if (now == before) { /* nothing to rescale: times 1 would give the same bits */
-        *sum += hsum(all);
+    for (int j = 0; j < 16 / VL; j++) vstore(sum + j * VL, part[j]);
+}
+
+/* The same, of weights in bfloat16, at the front of their row, which are rounded before they are summed up. The base follows the maximum only where a score
+ * lies more than LAZY above it: the search for the tile's maximum is then one comparison, and weights of up to 2^LAZY are as exact as those up to 1. */
+#define LAZY 8.0f
+#if DOTS
+INLINE void softmax_dots(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim) {
+    if (hi <= lo) {
+        memset(s, 0, (size_t)lanes * 2);
         return;
     }
-    const float keep = vexp2_falling(vset(before - base))[0];
-    *sum = *sum * keep + hsum(all);
-    *maximum = now;
-    for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
+    if (lo > 0 || hi < lanes) hide_outside(s, lanes, lo, hi);
+    vf v[KEY_TILE / 16], top = vset(-INFINITY);
+#pragma GCC unroll 4
+    for (int j = 0; j < KEY_TILE / 16; j++) {
+        v[j] = j * 16 < lanes ? vload(s + j * 16) : vset(-INFINITY);
+        top = vmax(v[j], top);
+    }
+    if (_mm512_cmp_ps_mask((__m512)top, (__m512)vset(*maximum + LAZY), _CMP_GT_OQ)) {
+        const float now = hmax(top);
+        rebase(*maximum, now, sum, o, dim);
+        *maximum = now;
+    }
+    const vf base = vset(*maximum == -INFINITY ? 0.0f : *maximum);
+    const vu ones = vuset(0x3f803f80u); /* pairs of 1 */
+    vf part = vload(sum);
+#pragma GCC unroll 2
+    for (int j = 0; j < KEY_TILE / 32; j++) {
+        if (j * 32 >= lanes) break;
+        const vu pair = vnarrow_two(vexp2_coarse(v[2 * j] - base), vexp2_coarse(v[2 * j + 1] - base));
+        *(vu_any *)(s + j * 16) = pair;
+        part = vdot(part, pair, ones);
+    }
+    vstore(sum, part);
 }
+#else
+INLINE void softmax_dots(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim) {
+    softmax_row(s, lanes, lo, hi, maximum, sum, o, dim);
+}
+#endif
 
 /* The bfloat16 scales of `groups` times 16 keys, as float32 times `unit`. */
 INLINE void load_scales(const char *const *group, long groups, float unit, float *to) {
@@ -141,7 +180,7 @@ static void cleaned(const char *from, char *to, long dim, long size, long first,
    and for values of a tree of which some are NaN. */
 INLINE int attention_rows_of(const int coded, const attention *a, long s, long kv_head, long run, long first, long count, float *wide) {
     _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
-    float maximum[ROW_TILE], sum[ROW_TILE];
+    _Alignas(64) float maximum[ROW_TILE], sum[ROW_TILE * 16];
     const long dim = a->dim, group = a->heads / a->kv_heads, size = coded ? 1 : a->cache_bf16 ? 2 : 4;
     const long head0 = kv_head * group + run * a->heads_per, heads = MIN(a->heads_per, group - run * a->heads_per);
     const long row0 = a->q_start[s] + first, rows = count * heads;
@@ -161,7 +200,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
                 vstore(o + r * dim + d, vset(0.0f));
             }
             maximum[r] = -INFINITY;
-            sum[r] = 0.0f;
+            for (long j = 0; j < 16; j++) sum[r * 16 + j] = 0.0f;
         }
     const long last = position0 + count; /* one past the last visible key of the unit */
     const long start = a->window > 0 ? MAX(position0 - a->window + 1, 0) / KEY_TILE * KEY_TILE : 0;
@@ -226,7 +265,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
             long position = position0 + r / heads;
             long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
             if (a->ancestors) hide(score + r * KEY_TILE, tile, position, (uint64_t)a->ancestors[row0 + r / heads], MIN(hi, keys), -INFINITY);
-            softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim, dots);
+            (dots ? softmax_dots : softmax_row)(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r * 16, o + r * dim, dim);
         }
         if (coded) {
             load_scales(v_scale, groups, lift, scales);
@@ -268,7 +307,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, to = (row0 + i) * a->ldo + (head0 + h) * dim;
-            float inv = coded ? unit / sum[r] : 1.0f / sum[r];
+            const float inv = (coded ? unit : 1.0f) / fold(sum + r * 16);
             for (long d = 0; d < dim; d += VL) {
                 vf v = vrounded(vload(o + r * dim + d) * inv, a->round);
                 nan |= (vu)(v != v);

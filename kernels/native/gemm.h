@@ -116,21 +116,24 @@ INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int r
                 long col = (panel + p) / 2 * PW;
                 long room = MIN(PW, w->n - col);
                 const float *s = c + i * ldc + p * PW;
-                float buffer[PW];
+                const long at = (row + i) * g->ldo + col;
+                _Alignas(64) float buffer[PW];
+#pragma GCC unroll 4
                 for (int v = 0; v < PV; v++) {
                     vf gv = vload(s + v * VL), uv = vload(s + PW + v * VL);
                     if (w->bias) {
                         gv += vload(w->bias + (panel + p) * PW + v * VL);
                         uv += vload(w->bias + (panel + p + 1) * PW + v * VL);
                     }
-                    vstore(buffer + v * VL, gate(vrounded(gv, g->round), vrounded(uv, g->round), (int)w->act, g->round));
+                    const vf y = gate(vrounded(gv, g->round), vrounded(uv, g->round), (int)w->act, g->round);
+                    if (room == PW && g->out_bf16)
+                        vstore_as(g->out, at + v * VL, y, 1);
+                    else
+                        vstore(buffer + v * VL, y);
                 }
-                long at = (row + i) * g->ldo + col;
                 if (!g->out_bf16)
                     memcpy((float *)g->out + at, buffer, (size_t)room * 4);
-                else if (room == PW)
-                    for (int v = 0; v < PV; v++) vstore_as(g->out, at + v * VL, vload(buffer + v * VL), 1);
-                else
+                else if (room < PW)
                     for (int x = 0; x < room; x++) store_as(g->out, at + x, buffer[x], 1);
             }
         return;

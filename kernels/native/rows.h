@@ -44,10 +44,10 @@ enum { ACT_SILU = 0, ACT_GELU_TANH = 1, ACT_GELU = 2 };
 INLINE vf gate(vf g, vf u, int kind, int bf16) {
     vf y;
     if (kind == ACT_SILU) {
-        y = g / (vexp(-g) + 1.0f);
+        y = vlogistic(g, g);
     } else if (kind == ACT_GELU_TANH) {
-        vf t = vset(1.5957691216057308f) * vfma(vset(0.044715f) * (g * g), g, g);
-        y = g / (vexp(-t) + 1.0f);
+        const vf t = vset(1.5957691216057308f) * vfma(vset(0.044715f) * (g * g), g, g);
+        y = vlogistic(g, t);
     } else {
         for (int i = 0; i < VL; i++) y[i] = 0.5f * g[i] * erfcf(g[i] * -0.70710678118654752f);
     }

@@ -75,6 +75,23 @@ def test_equals_float64(dtype: torch.dtype, heads: int, kv_heads: int, dim: int,
             torch.testing.assert_close(out[part].double(), wanted, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("levels", [(0, 3, 5, 9, 40, 12, 45), (60, 57, 20, -50, 62, 70), (-80, -76, -71, -60, 90)])
+def test_scores_that_rise_and_fall_from_tile_to_tile(dtype: torch.dtype, levels: tuple[int, ...]) -> None:
+    """By less and by more than what a row's base of weights lets pass: each row equals float64, and itself alone."""
+    cache, length = Cache(2, 16, 64, dtype), 64 * len(levels) - 7
+    blocks, slots = cache.sequence(length)
+    level = torch.tensor(levels).repeat_interleave(64)[:length, None, None] + torch.randn(length, 2, 1)
+    values = read_kv(cache.v, slots, values=True)
+    write_kv(cache.k, cache.v, (level / 8).expand(-1, -1, 64).to(dtype).contiguous(), values, slots)
+    q = torch.ones(length, 4, 64, dtype=dtype)
+    out = paged_attention(q, cache.k, cache.v, table([blocks]), i32([0, length]), i32([length]), 0.125)
+    limit = 2**-7 if dtype == torch.bfloat16 else 2e-4  # a score of 90 is itself rounded by some 1e-5
+    torch.testing.assert_close(out.double(), truth(q, cache, slots, 0, 0.125), rtol=limit, atol=limit)
+    for row in (0, 63, 64, 200, length - 1):
+        alone = paged_attention(q[row : row + 1], cache.k, cache.v, table([blocks]), i32([0, 1]), i32([row + 1]), 0.125)
+        assert torch.equal(alone[0], out[row])
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(8, 4, 32, 0), (12, 4, 64, 0), (5, 1, 80, 50), (71, 1, 16, 0)])
 def test_a_row_does_not_know_its_batch_nor_its_chunk(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int) -> None:
