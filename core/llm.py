@@ -144,8 +144,8 @@ class LLM:
             config = build(from_env(), {**({"model": model} if model is not None else {}), **options})
         # An offline caller hands over its whole list at once: the admission bounds that protect a server would only refuse it.
         # And it waits for the last token of all: even gaps between tokens would only cost it time.
-        even = config.mixed_prefill_tokens or 0
-        config = msgspec.structs.replace(config, max_num_queued_reqs=1 << 30, max_num_queued_tokens=1 << 40, mixed_prefill_tokens=even)
+        even = config.itl_target_ms or 0.0
+        config = msgspec.structs.replace(config, max_num_queued_reqs=1 << 30, max_num_queued_tokens=1 << 40, itl_target_ms=even)
         self._calls: dict[int, _Call] = {}
         self._lock = threading.Lock()
         self._keys = itertools.count(1)

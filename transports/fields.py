@@ -383,7 +383,12 @@ REPLY_OWN: dict[str, dict[str, str]] = {
     "Model": {"id": "The name for `model`.", "created": "When the server started, in seconds since 1970."},
 }
 REPLY_OWN |= {
-    "Scheduling": {"policy": "--scheduling-policy.", "priority": "`lower first`: what a smaller `priority` means."},
+    "Scheduling": {
+        "policy": "--scheduling-policy.",
+        "priority": "`lower first`: what a smaller `priority` means.",
+        "itl_target_ms": "--itl-target-ms; null: as the device has it. What it is just now is `penstock_itl_target_seconds`.",
+        "mixed_prefill_tokens": "--mixed-prefill-tokens; null: no such bound.",
+    },
     "PoolInfo": {
         "version": "Of its text process.",
         "model": "Its first name.",

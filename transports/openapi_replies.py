@@ -250,6 +250,8 @@ class VersionReply(msgspec.Struct):
 class Scheduling(msgspec.Struct):
     policy: str
     priority: Literal["lower first"]
+    itl_target_ms: float | None
+    mixed_prefill_tokens: int | None
 
 
 class PoolInfo(msgspec.Struct):

@@ -41,7 +41,12 @@ def server_routes(gateway: Gateway) -> list[Any]:
         body = {
             "version": __version__,
             "model": gateway.model_name,
-            "scheduling": {"policy": config.scheduling_policy, "priority": "lower first"},
+            "scheduling": {
+                "policy": config.scheduling_policy,
+                "priority": "lower first",
+                "itl_target_ms": config.itl_target_ms,
+                "mixed_prefill_tokens": config.mixed_prefill_tokens,
+            },
             "pools": pools,
         }
         return JsonReply(msgspec.json.encode(body))

@@ -111,8 +111,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     load_formats: tuple[str, ...] = ("auto", "safetensors", "dummy")
     """Words of --load-format; weight sources decide, so this only informs."""
     mixed_prefill_tokens: int = 0
-    """Prompt tokens that a step which also decodes should not exceed, for even inter-token latency, unless many wait; 0: no advice. A GPU needs about the same
-    time to read a layer's weights and to multiply them with (multiply-adds per second x 2 bytes / bandwidth) tokens: beyond that, tokens cost time."""
+    """Tokens of a step from which on each makes it longer; 0: every one does. A GPU needs about the same time to read a layer's weights and to multiply them
+    with (multiply-adds per second x 2 bytes / bandwidth) tokens. Where it is above 0, prompts beside decodes are paced unless told otherwise (`--itl-target-ms`)."""
     synchronous: bool = False
     """`Runner.sample` returns when the step is done (a CPU): with a depth above 1 no thread has to wait for its results."""
     bounded_steps: bool = False

@@ -162,8 +162,6 @@ class Engine:
             runner = device.load(config, self._progress)
             self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
         self._check_kv_dtype(device.capabilities, config.kv_cache_dtype)
-        own = self.config.mixed_prefill_tokens
-        advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
         drafters.settle(device.capabilities, runner)
         grammars = self._grammars(device.capabilities)
         settings = SchedulerSettings(
@@ -171,8 +169,10 @@ class Engine:
             epoch=self.epoch,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            mixed_prefill_tokens=advised if own is None else own,
-            mixed_prefill_gives_way=own is None,
+            mixed_prefill_tokens=self.config.mixed_prefill_tokens or 0,
+            itl_target_ns=self._itl_target_ns(device.capabilities),
+            prefill_knee=device.capabilities.mixed_prefill_tokens,
+            forecasts=self.config.admission_forecast,
             prompt_logprobs_weight=prompt_logprobs_weight(runner.facts, device.capabilities),
             max_model_len=runner.max_model_len,
             block_size=self.config.block_size,
@@ -254,6 +254,15 @@ class Engine:
                 f"--kv-cache-dtype {self.config.kv_cache_dtype}: the device {device.name} keeps keys and values as it computes them. Leave the option out.",
                 param="kv_cache_dtype",
             )
+
+    def _itl_target_ns(self, capabilities: DeviceCapabilities) -> int | None:
+        """As in SchedulerSettings. Who bounds prompts by a number has said what they want; and a device without advice is one whose steps take longer with every
+        token, so that there is nothing to gain by default."""
+        config = self.config
+        if config.itl_target_ms is not None:
+            return round(config.itl_target_ms * 1e6) or None
+        learned = config.enable_chunked_prefill and config.mixed_prefill_tokens is None and capabilities.mixed_prefill_tokens > 0
+        return 0 if learned else None
 
     def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
         """Who makes masks, if the device takes them."""

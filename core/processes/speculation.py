@@ -27,7 +27,7 @@ class Drafters:
         self.lookahead = 0
         """The most drafts behind a token; 0: there is no speculation."""
         self.names: tuple[str, ...] = ()
-        """Methods, the first asked first."""
+        """Methods, the first asked first; the second of a method has "-2" behind it."""
         self.hosted: tuple[bool, ...] = ()
 
     def settle(self, device: DeviceCapabilities, runner: Runner) -> None:
@@ -49,7 +49,7 @@ class Drafters:
             elif own:
                 both.append((own.pop(0), False))
         both += [(name, False) for name in own]
-        self.names, self.hosted = tuple(name for name, _ in both), tuple(hosted for _, hosted in both)
+        self.names, self.hosted = _apart([name for name, _ in both]), tuple(hosted for _, hosted in both)
 
     def actor(self, vocab: int, longest: int) -> HostDrafters | None:
         """Those on the host; None: there are none."""
@@ -57,3 +57,8 @@ class Drafters:
             Named(one.method or "", spec.factory(config=one, vocab=vocab, longest=longest)) for one, spec in self._asked if spec is not None
         ]
         return HostDrafters(found, vocab) if found else None
+
+
+def _apart(methods: list[str]) -> tuple[str, ...]:
+    """Metrics and logs know a drafter by its name, so that two of a method need two."""
+    return tuple(f"{name}-{methods[: at + 1].count(name)}" if name in methods[:at] else name for at, name in enumerate(methods))

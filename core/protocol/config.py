@@ -160,14 +160,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mixed_prefill_tokens: Annotated[
         int | None,
         opt(
-            "Most prompt tokens in a step that also decodes; 0: what the budget leaves. Fewer make inter-token latency steadier and the first tokens of"
-            " long prompts later. Default: what the device advises (on a GPU 256, and more where many requests wait for few that run; in `penstock.LLM` 0).",
+            "Most prompt tokens in a step that also decodes, whatever waits; 0: what the budget leaves. Default: what --itl-target-ms says.",
             "engine",
             size=True,
         ),
     ] = None
+    itl_target_ms: Annotated[
+        float | None,
+        opt(
+            "What a step that decodes should take at most with prompts beside, in ms, nearly always (P95 of inter-token latency): their chunks are as large as"
+            " measured step times allow. 0: no limit. Default: on a GPU a little more than steps take without prompts, as far as nobody waits long for it; none on a CPU,"
+            " in `penstock.LLM`, or with --mixed-prefill-tokens.",
+            "engine",
+        ),
+    ] = None
     enable_chunked_prefill: Annotated[bool, opt("Split long prompts over steps.", "engine")] = True
     enable_prefix_caching: Annotated[bool, opt("Reuse the KV of equal prefixes.", "engine", no="disable-radix-cache")] = True
+    admission_forecast: Annotated[
+        bool,
+        opt(
+            "Start a prompt only if the KV cache will probably hold all that run until they end, by their limits and by how long answers have been; without, if it"
+            " holds them now, and whoever later finds no room is computed again.",
+            "engine",
+        ),
+    ] = True
     scheduling_policy: Annotated[str, opt("fcfs, priority, or a plugin's.", "engine", "schedule-policy")] = "fcfs"
     priority_ageing_s: Annotated[float, opt("Waiting this long is worth one priority level; 0: no ageing.", "engine")] = 30.0
     max_num_queued_reqs: Annotated[int, opt("Most requests waiting; more are refused with 429.", "engine", "max-queued-requests")] = 1024
@@ -831,6 +847,8 @@ def check(config: Config) -> None:
         raise ConfigError("--max-model-len must be at least 1.", param="max_model_len")
     if config.mixed_prefill_tokens is not None and config.mixed_prefill_tokens < 0:
         raise ConfigError("--mixed-prefill-tokens must be 0 or more.", param="mixed_prefill_tokens")
+    if config.itl_target_ms is not None and not (config.itl_target_ms == 0 or 0.001 <= config.itl_target_ms <= 3_600_000):
+        raise ConfigError("--itl-target-ms must be 0, or from 0.001 to 3600000.", param="itl_target_ms")
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < 1:
         raise ConfigError("--kv-cache-memory-bytes must be at least 1.", param="kv_cache_memory_bytes")
 
@@ -885,6 +903,11 @@ def _check_pairs(config: Config) -> None:
         raise ConfigError(
             "--mixed-prefill-tokens cuts prompts, which --no-enable-chunked-prefill forbids. Leave one of them out.",
             param="mixed_prefill_tokens",
+        )
+    if not config.enable_chunked_prefill and config.itl_target_ms:
+        raise ConfigError(
+            "--itl-target-ms cuts prompts, which --no-enable-chunked-prefill forbids. Leave one of them out.",
+            param="itl_target_ms",
         )
     if config.stream_park_bytes > config.stream_max_bytes:
         raise ConfigError("--stream-park-bytes must not exceed --stream-max-bytes.", param="stream_park_bytes")

@@ -529,6 +529,15 @@ class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
     """Of each drafter, why it is off ("": it is on). Empty where none is off."""
 
 
+class PaceStats(msgspec.Struct, frozen=True, array_like=True):
+    """Of the last step that decoded while prompts waited."""
+
+    limit_ns: int = 0
+    """What it was to take at most."""
+    prompt_tokens: int = 0
+    """Prompt tokens that it might have."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges and cumulative counters of one engine, read at a step's end."""
 
@@ -547,6 +556,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     batch_tokens: int = 0
     quarantined: int = 0
     speculation: SpeculationStats | None = None
+    pace: PaceStats | None = None
 
     @property
     def drafts(self) -> int:

@@ -185,6 +185,9 @@ class Metrics:
             self.set("kv_blocks", stats.quarantined, label, "quarantined")
             self.set("kv_blocks", stats.blocks_total, label, "total")
             self.set("kv_usage_ratio", _usage(stats), label)
+            if stats.pace is not None:
+                self.set("itl_target_seconds", stats.pace.limit_ns / 1e9, label)
+                self.set("mixed_prefill_tokens", stats.pace.prompt_tokens, label)
             if stats.speculation is not None:
                 self._speculation(entry, stats.speculation, label)
         for name, (labels, text) in GAUGES.items():

@@ -101,6 +101,11 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "sequences": (("engine", "state"), "Sequences in the engine, by state."),
     "kv_blocks": (("engine", "state"), "KV blocks, by state."),
     "kv_usage_ratio": (("engine",), "Share of KV blocks that running sequences hold."),
+    "itl_target_seconds": (
+        ("engine",),
+        "What the last step that decoded while prompts waited was to take at most, stated (--itl-target-ms) or learned; 0: nothing is known yet.",
+    ),
+    "mixed_prefill_tokens": (("engine",), "Prompt tokens that this step might have."),
     "quality_info": (
         ("engine", "scheme", "status", "record"),
         "How the engine's weights (and a KV cache that --kv-cache-dtype rounds) are stored, whether what that costs was measured (wide, measured, unmeasured), and the record's hash.",

@@ -36,6 +36,10 @@ KV_LAYOUT = "paged-codes-v1"
 """Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
 
 
+MANY_ROWS, MOST_ROWS = 64, 192
+"""Rows from which others of the tuned configurations hold."""
+
+
 class Codes(NamedTuple):
     """What caches of uint8 hold."""
 
@@ -219,39 +223,32 @@ def _retyped(codes, KIND: tl.constexpr):
 @triton.jit
 def _keys(
     acc, m, z, q, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr, FAR: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, 2 M],
-    halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap). Acc and z are 2**(m - TOP) times smaller than they say. Not MASK: page
-    numbers are read a block ahead, so that no load waits for another; FAR: and L2 is asked for what comes so many blocks later."""
+    halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap). Acc and z are 2**(m - TOP) times smaller than they say. Without WINDOW page
+    numbers are read a block ahead, so that no load waits for another, and codes behind the last key are read too, as whatever numbers they are: a
+    block that was masked as it is loaded would be a pipeline of its own."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
     FEW: tl.constexpr = BLOCK_N // SIZE if BLOCK_N > SIZE else 1
     few = tl.arange(0, FEW)
-    if not MASK:
+    if not WINDOW:
         following = tl.load(table + start // SIZE + few, mask=few * SIZE < end - start, other=0)
-        if FAR:
-            last = tl.maximum(end - BLOCK_N, start)
-            line = tl.minimum(tl.arange(0, (DP + 127) // 128) * 128, D - 1)
-            far = tl.load(table + (tl.minimum(start + FAR * BLOCK_N, last) + n) // SIZE, mask=n < end - start, other=0)
     for first in range(start, end, BLOCK_N):
         at = first + n
-        if not MASK:
+        if not WINDOW:
             page = tl.reshape(tl.broadcast_to(following[:, None], (FEW, BLOCK_N // FEW)), (BLOCK_N,))
             page = tl.max_constancy(page.to(tl.int64), [16])
-            following = tl.load(table + tl.minimum(first + BLOCK_N, end - BLOCK_N) // SIZE + few)
-            if FAR:
-                lines = (far.to(tl.int64) * kb + base + n % SIZE * D)[:, None] + line[None, :]
-                fetch_ahead(k + lines)
-                fetch_ahead(v + lines)
-                far = tl.load(table + (tl.minimum(first + (FAR + 1) * BLOCK_N, last) + n) // SIZE)
+            after = first + BLOCK_N + few * SIZE
+            following = tl.load(table + after // SIZE, mask=after < end, other=0)
         else:
-            page = pages_of(table, at, length, MASK, SIZE)
+            page = pages_of(table, at, length, True, SIZE)
         inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
         where = (page * kb + base + inside * D)[:, None] + d[None, :]
         where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
-        if MASK:  # what was never written may be codes that are no numbers
+        if WINDOW:
             if DP == D:
                 codes = tl.load(k + where)
                 more = tl.load(v + where_v)
@@ -266,25 +263,21 @@ def _keys(
         else:
             codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0.0)
             more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0.0)
-        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
+        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, WINDOW, SIZE)
         s = _product(codes, q, m.shape[0], KIND) * k_scale[:, None] * to2[None, :]
         if SOFTCAP:
             s = (soft * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
-        v_scale = tl.where(
-            v_scale < 8.470329472543003e-22, 8.470329472543003e-22, v_scale
-        )  # 2**-70: z must not overflow where all values are 0
+        seen = at < length
+        if WINDOW:
+            seen = seen & (at >= length - window)
+        # 2**-70: z must not overflow where all values are 0. Scales behind the last key may be anything.
+        v_scale = tl.where((v_scale < 8.470329472543003e-22) | ~seen, 8.470329472543003e-22, v_scale)
         log_scale = tl.log2(v_scale)
-        weight = log_scale
-        if MASK:
-            seen = at < length
-            if WINDOW:
-                seen = seen & (at >= length - window)
-            weight = tl.where(seen, weight, float("-inf"))
-        s = s + weight[:, None]
+        s = tl.where(seen[:, None], s + log_scale[:, None], float("-inf"))
         here = tl.max(s, 0)
         top = tl.maximum(m, here)
         shift = top
-        if MASK:
+        if WINDOW:
             shift = tl.where(top == float("-inf"), 0.0, top)
             here = tl.where(here == float("-inf"), shift, here)
         p = tl.exp2(s - (here - TOP)[None, :])
@@ -302,7 +295,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, FAR: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -351,16 +344,8 @@ def split(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
-        whole = start + (end - start) // BLOCK_N * BLOCK_N
-        if not WINDOW:
-            acc, m, parts = _keys(
-                acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, whole, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, False,
-                False, SOFTCAP, KIND, FAR,
-            )  # fmt: skip
-            start = whole
         acc, m, parts = _keys(
-            acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, FAR,
+            acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, KIND,
         )  # fmt: skip
         z = tl.sum(parts, 0)
         TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
@@ -427,8 +412,10 @@ def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
 
 
 def config_of(dim: int, rows: int) -> dict[str, int]:
-    """Of `split`. Many rows fill the device by themselves, few in many pieces (TARGET of all rows together); short pieces are for few rows."""
-    config = dict(tuned("attention.coded" if dim <= 128 else "attention.coded.wide"))
+    """Of `split`. Few rows fill the device in many pieces (TARGET of all rows together); many do so by themselves, and are cut only where one is so long that
+    the others would wait for it."""
+    name = ".wide" if dim > 128 else ".most" if rows >= MOST_ROWS else ".many" if rows >= MANY_ROWS else ""
+    config = dict(tuned("attention.coded" + name))
     target, most = config.pop("TARGET", 0), config.pop("MAX_SPLITS", 0)
     if "SPLITS" not in config:
         config["SPLITS"] = max(4, min(most, 1 << (max(1, target // rows).bit_length() - 1)))

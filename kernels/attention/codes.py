@@ -33,7 +33,8 @@ def encode(x: Tensor, kind: str, fixed: float | None = None) -> tuple[Tensor, Te
     """x [..., D] -> (codes [..., D] uint8, scales [...] bfloat16). `fixed`: the checkpoint's scale, which replaces that of every row."""
     wide, most = x.float(), LARGEST[kind]
     size = wide.abs().amax(-1)
-    scale = size.clamp_min(TINY) / most if fixed is None else torch.full_like(size, fixed)
+    # By a tensor, since torch on a GPU multiplies by a number's reciprocal: not exact, and then the next bfloat16 is one too far.
+    scale = size.clamp_min(TINY) / size.new_full((), most) if fixed is None else torch.full_like(size, fixed)
     scales = round_up(torch.where(size.isfinite(), scale, torch.nan))
     y = (wide / scales.float()[..., None]).nan_to_num(0.0).clamp(-most, most)
     codes = y.round().to(torch.int8).view(torch.uint8) if kind == "int8" else y.to(FP8[kind]).view(torch.uint8)

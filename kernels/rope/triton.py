@@ -23,7 +23,7 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
 from penstock.kernels.tile import launched, make_room, narrow, power, wait
 
-FEW_TOKENS = 128
+FEW_TOKENS, SOME_TOKENS = 128, 1024
 """Of so many, in 8 bits, each program takes little: to encode is many instructions, and a step waits for them."""
 
 
@@ -172,8 +172,7 @@ def rope_and_cache(
     require(out.shape == (tokens, num_heads, dim) and out.is_contiguous(), "out must be contiguous, [T, Hq, D]")
     require((q_norm is None) == (k_norm is None), "queries and keys have norms, or neither")
     if tokens:
-        few = codes is not None and tokens <= FEW_TOKENS
-        config = dict(config or tuned("rope.few" if few else "rope" if q_norm is None else "rope.normed"))
+        config = dict(config or tuned(_config(tokens, q_norm is not None, codes is not None)))
         half = cos_sin.shape[1] // 2
         heads = min(config.pop("HEADS"), power(num_heads + num_kv_heads))
         rows = max(1, config.pop("ROWS") * 64 // (heads * power(half)))  # ROWS is for heads of 128: shorter ones make more rows
@@ -189,3 +188,12 @@ def rope_and_cache(
             HEADS=heads, TOKENS=rows, **coded, **chained(), **config,
         )  # fmt: skip
     return out
+
+
+def _config(tokens: int, normed: bool, coded: bool) -> str:
+    """Which of the tuned ones."""
+    if coded and tokens <= FEW_TOKENS:
+        return "rope.few"
+    if normed or not coded:
+        return "rope.normed" if normed else "rope"
+    return "rope.coded" if tokens <= SOME_TOKENS else "rope.coded.many"

@@ -56,9 +56,10 @@ class Pages:
         self._fixed = list(scales)
 
     def allocate(self, num_blocks: int) -> Tensor:
-        """[num_blocks, page bytes] uint8."""
+        """[num_blocks, page bytes] uint8. Of codes zeros: kernels read what lies behind a sequence's last key, which counts for nothing if it is a number."""
         layers, _, _, block_size, _ = self._page
-        return torch.empty(num_blocks, layers * self.bytes_per_token * block_size, dtype=torch.uint8, device=self._device)
+        make = torch.zeros if self.kv else torch.empty
+        return make(num_blocks, layers * self.bytes_per_token * block_size, dtype=torch.uint8, device=self._device)
 
     def caches(self, pool: Tensor) -> list[Cache]:
         """One a layer."""

@@ -20,7 +20,7 @@ from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
 from penstock.kernels.attention.codes import KINDS
 from penstock.plugins.devices import cpu
-from penstock.plugins.devices.drafting import load_drafters, most_drafts
+from penstock.plugins.devices.drafting import load_drafters, most_drafts, trees_of
 from penstock.plugins.devices.lane import CudaLane, Lane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
 from penstock.plugins.devices.ops import DeviceOps
@@ -103,12 +103,13 @@ def load(
     max_rows = padded_rows(config.max_num_seqs * (1 + ahead), ahead)
     max_len = config.max_model_len or default_max_len(facts)
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
-    sizes = {"max_len": max_len, "max_rows": max_rows}
     with lane.loading():
-        model, checkpoint = load_model(config, choice, ops, lane.device, **sizes, progress=progress)
+        model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
         capturable = ops.capturable and model.capturable and model.attention.capturable
         graphs = not config.enforce_eager and (capturable or lane.device.type == "cpu")
-        drafters, lookahead = load_drafters(config, choice, model, ops, lane, **sizes, progress=progress, graphs=graphs)
+        drafters, lookahead = load_drafters(
+            config, choice, model, ops, lane, max_len=max_len, max_rows=max_rows, progress=progress, graphs=graphs
+        )
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     rounded = (config.quantization, config.lm_head_quantization)
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, rounded, sorted(choice.raw.items()), choice.kv)
@@ -125,7 +126,7 @@ def load(
         dtype=choice.dtype_name,
         torch_dtype=choice.dtype,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(*parts, checkpoint),
+        fingerprint=fingerprint(*parts, *trees_of(config), checkpoint),
         graphs=graphs,
         depth=depth,
         kv_dtype=choice.kv_name,

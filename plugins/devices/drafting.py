@@ -15,7 +15,8 @@ from penstock.core.contract.devices import ModelFacts, RunnerConfig
 from penstock.core.contract.drafters import drafter_for
 from penstock.core.contract.hookspecs import DrafterSpec
 from penstock.core.contract.text import Tokenizer
-from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature, spelled
+from penstock.core.protocol.errors import CheckpointError, PenstockError, UnsupportedFeature, spelled
+from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins import drafters as builtin_drafters
 from penstock.plugins import tokenizers as builtin_tokenizers
 from penstock.plugins.devices.lane import Lane
@@ -39,6 +40,12 @@ def most_drafts(config: RunnerConfig) -> int:
     if config.speculation is None:
         return 0
     return max(one.num_speculative_tokens or HOST_DRAFTS for one in config.speculation.methods)
+
+
+def trees_of(config: RunnerConfig) -> list[str]:
+    """Trees of drafts that are asked for: with one, sums over keys are taken in another order, so that it is a part of the fingerprint."""
+    methods = config.speculation.methods if config.speculation is not None else []
+    return [one.speculative_token_tree for one in methods if one.speculative_token_tree]
 
 
 def load_drafters(
@@ -66,7 +73,7 @@ def load_drafters(
             continue
         progress(f"loading the drafter ({one.method})", 0.0)
         parts = _parts(config, choice, model, ops, lane, max_len, max_rows, progress, graphs)
-        drafter: Drafter = spec.factory(config=one, parts=parts)
+        drafter = _made(spec, one, parts)
         if one.speculative_token_tree is not None and getattr(drafter, "tree", None) is None:
             raise UnsupportedFeature(
                 f"--speculative-config: the drafts of the method {one.method!r} are a chain. Leave 'speculative_token_tree' out.",
@@ -77,10 +84,22 @@ def load_drafters(
     return made, most
 
 
+def _made(spec: DrafterSpec, one: DraftConfig, parts: Parts) -> Drafter:
+    """What the factory gives. What is wrong with its folder is said of that folder, which is not the model's."""
+    try:
+        drafter: Drafter = spec.factory(config=one, parts=parts)
+    except PenstockError as error:
+        if "--speculative" not in error.message:
+            whose = f"{one.method!r}" if one.model is None else f"{one.method!r} in {spelled(one.model)}"
+            error.message = f"--speculative-config: the drafter {whose}: {error.message}"
+            error.args = (error.message,)
+        raise
+    return drafter
+
+
 def _refuse_trees(config: RunnerConfig, choice: Choice, model: Model) -> None:
     """Raises UnsupportedFeature for a tree of drafts where something cannot serve one."""
-    asked = [one.speculative_token_tree for one in config.speculation.methods] if config.speculation is not None else []
-    if not any(asked):
+    if not trees_of(config):
         return
     reason = ""
     if config.deterministic:
@@ -123,7 +142,7 @@ def _parts(
 
     def load(folder: str, quantization: str | None) -> Model:
         its, chosen = other(folder, quantization)
-        found, _ = load_model(its, chosen, ops, device, max_len=max_len, max_rows=twice, progress=progress)
+        found, _ = load_model(its, chosen, ops, device, max_len=max_len, max_rows=twice, progress=progress, finite=True)
         return found
 
     def tokenizer(path: str) -> Tokenizer:
@@ -150,7 +169,7 @@ def _parts(
 
     def builder(folder: str) -> Builder:
         its = msgspec.structs.replace(config, model_path=folder, hf_overrides={}, load_format="auto")
-        return builder_for(its, ops, choice.dtype, device)
+        return builder_for(its, ops, choice.dtype, device, finite=True)
 
     return Parts(
         facts=choice.facts,

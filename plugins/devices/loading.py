@@ -105,8 +105,9 @@ def load_model(
     max_len: int,
     max_rows: int,
     progress: Callable[[str, float], None],
+    finite: bool = False,
 ) -> tuple[Model, str]:
-    """(the model, an identity of its checkpoint). Raises CheckpointError and torch.OutOfMemoryError."""
+    """(the model, an identity of its checkpoint). `finite`: see builder_for. Raises CheckpointError and torch.OutOfMemoryError."""
     facts, dtype = choice.facts, choice.dtype
     attention: Attention = choice.attention.factory(
         facts=facts,
@@ -121,7 +122,9 @@ def load_model(
     progress("loading weights", 0.0)
     std = float(choice.raw.get("initializer_range") or 0.02)
     tell = functools.partial(progress, "loading weights")
-    builder = builder_for(config, ops, dtype, device, std=std, tell=tell, quantizer=choice.quantizer, rounding=choice.rounding)
+    builder = builder_for(
+        config, ops, dtype, device, std=std, tell=tell, quantizer=choice.quantizer, rounding=choice.rounding, finite=finite
+    )
     given = kv_cache.scales(builder.weights, facts.num_layers, choice.kv)
     if given is not None:
         fix = getattr(attention, "fix_scales", None)
@@ -154,8 +157,9 @@ def builder_for(
     tell: Callable[[float], None] | None = None,
     quantizer: Quantizer | None = None,
     rounding: Quantizer | None = None,
+    finite: bool = False,
 ) -> Builder:
-    """What makes layers of the tensors in config.model_path."""
+    """What makes layers of the tensors in config.model_path. `finite`: wide ones with NaN or infinity are refused (of a drafter, whose drafts nobody would miss)."""
     source = weights_for(config)
     weights = source.factory(
         config.model_path,
@@ -165,7 +169,7 @@ def builder_for(
         std=std,
         **({} if device.type == "cpu" else {"device": device}),
     )
-    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
+    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"), finite)
     return Builder(taken, ops, dtype, device, tell, quantizer, rounding)
 
 

@@ -49,9 +49,9 @@ PROMPT_LOGIT_ELEMENTS, DIRECT_LOGIT_ELEMENTS = 1 << 26, 1 << 23
 """Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32; 32 MiB on a direct lane)."""
 Size = int | tuple[int, int]
 """Of a graph: decode rows, or (sequences, tokens) of a step with prefill."""
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-MIXED_ROWS = (16, 64, 128, 256)
-MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+MIXED_ROWS = (16, 64, 128, 256, 512)
+MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
 CAPTURE_S = 6.0
 WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 48), (16, 49), (17, 48))
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""

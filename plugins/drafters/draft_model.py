@@ -54,6 +54,8 @@ class ModelDrafter:
         self._ops = parts.ops
         self._vocab = facts.vocab_size
         self._narrow = facts.vocab_size < parts.facts.vocab_size
+        self._wide = facts.vocab_size > parts.facts.vocab_size
+        self._known = parts.facts.vocab_size
         self._chain = Chain(parts)
         self._layers: DraftLayers
         self._have: I32 = np.zeros(parts.slots, np.int32)
@@ -146,7 +148,9 @@ class ModelDrafter:
         return self._logits(columns, last)
 
     def _logits(self, columns: Columns, rows: Tensor) -> Tensor:
-        return self._layers.logits(self._narrowed(columns), rows)
+        found = self._layers.logits(self._narrowed(columns), rows)
+        # Rows of padding, as most checkpoints have some, are no tokens of the model: to draw one would end the draft.
+        return found[:, : self._known].contiguous() if self._wide else found
 
     def _run(self, columns: Columns) -> None:
         self._layers.run(self._narrowed(columns), None)

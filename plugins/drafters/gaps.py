@@ -21,6 +21,8 @@ LONGEST = 128
 """Positions of a ring that are read."""
 AHEAD = 16
 """And so many more, over which drafts that turn out wrong are written."""
+WAITING = 32
+"""Steps whose states wait to be written to the rings, at most: many are written in about the time of one."""
 BYTES = 64 << 20
 """Of all rings, as far as that is enough for one position that is read in each."""
 
@@ -48,6 +50,8 @@ class Gaps:
         """For each slot: positions before this one were read; -1: those before its next step's start."""
         self._entered = False
         """Somebody may have -1."""
+        self._waiting: list[tuple[Forward, int, Tensor]] = []
+        """What `keep` was given and is not in the rings yet, in order."""
 
     @property
     def nbytes(self) -> int:
@@ -67,12 +71,20 @@ class Gaps:
             self._entered = bool((self._read < 0).any())
 
     def keep(self, work: Forward, rows: int, states: Tensor) -> None:
-        """The first `rows` rows of the step will not be read now: their states [tokens, W], in order."""
-        slots, positions = work.slots[:rows], work.starts[:rows]
-        if len(states) > rows:
-            counts = work.counts[:rows]
-            within = np.arange(len(states), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
-            slots, positions = np.repeat(slots, counts), np.repeat(positions, counts) + within
+        """The first `rows` rows of the step will not be read now: their states [tokens, W], in order, which nobody writes to afterwards."""
+        self._waiting.append((work, rows, states))
+        if len(self._waiting) >= WAITING or len(states) > WAITING:
+            self._write()
+
+    def _write(self) -> None:
+        """What waits. Of two states for one place the later one stays."""
+        if not self._waiting:
+            return
+        places = [_places(work, rows, len(states)) for work, rows, states in self._waiting]
+        slots, positions = (np.concatenate(column) for column in zip(*places, strict=True))
+        states = self._waiting[0][2] if len(self._waiting) == 1 else torch.cat([states for _, _, states in self._waiting])
+        self._waiting = []
+        # Places that are named twice are written in order.
         self._words[slots, positions % self._size] = states.view(torch.int16 if states.dtype.itemsize == 2 else torch.int32).numpy()
 
     def read(self, slots: Column, ends: Column) -> None:
@@ -85,9 +97,20 @@ class Gaps:
         lacking = np.flatnonzero(firsts < work.starts)
         if not lacking.size:
             return None
+        self._write()
         slots, starts = work.slots[lacking], firsts[lacking]
         counts = work.starts[lacking] - starts
         row = np.repeat(np.arange(lacking.size), counts)
         positions = starts[row] + np.arange(len(row), dtype=np.int32) - (np.cumsum(counts) - counts)[row]
         states = self._ring[torch.from_numpy(slots[row]).long(), torch.from_numpy(positions % self._size).long()]
         return Missing(slots, i32(starts), i32(counts), states)
+
+
+def _places(work: Forward, rows: int, tokens: int) -> tuple[I32, I32]:
+    """(slot, position) of each of the `tokens` tokens that the first `rows` rows have."""
+    slots, positions = work.slots[:rows], work.starts[:rows]
+    if tokens > rows:
+        counts = work.counts[:rows]
+        within = np.arange(tokens, dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+        slots, positions = np.repeat(slots, counts), np.repeat(positions, counts) + within
+    return i32(slots), i32(positions)

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
-from penstock.core.protocol.errors import PenstockError, described, tamed
+from penstock.core.protocol.errors import CheckpointError, PenstockError, described, tamed
 
 
 class CheckedWeights:
-    """See plugins/models/api.py: Weights; `blame` makes of what is wrong the error that names the source. What else it has is reached through this."""
+    """See plugins/models/api.py: Weights; `blame` makes of what is wrong the error that names the source. What else it has is reached through this. `finite`: a tensor with
+    NaN or infinity is refused as well."""
 
-    def __init__(self, own: Any, dtype: torch.dtype, blame: Callable[[Exception | str], Exception]) -> None:
+    def __init__(self, own: Any, dtype: torch.dtype, blame: Callable[[Exception | str], Exception], finite: bool = False) -> None:
         self._own = own
         self._dtype = dtype
         self._blame = blame
+        self._finite = finite
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
@@ -39,4 +41,6 @@ class CheckedWeights:
             raise self._blame(
                 f"gave the tensor {name!r} of shape {list(value.shape)} and {value.dtype}, and was asked for {list(shape)} and {self._dtype}"
             )
+        if self._finite and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"The tensor {name!r} holds NaN or infinity. Copy the checkpoint again from where it came from.")
         return value if value.is_contiguous() else value.contiguous()

@@ -15,6 +15,7 @@ from penstock import LLM, SamplingParams
 from penstock.core.actors.scheduler.widths import Widths
 from penstock.plugins.commands.bench import known
 from penstock.plugins.commands.bench.command import bench
+from penstock.plugins.commands.bench.speculation import in_turn
 
 SHAPE = {"vocab_size": 700, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 DRAFT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -28,6 +29,14 @@ def shape(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(known, "CIRCLE", 400)
     monkeypatch.setattr(known, "DRAFT", DRAFT)
     return its
+
+
+def test_nobody_is_always_first_or_last() -> None:
+    names = ["off", "ngram", "suffix"]
+    orders = [in_turn(names, turn) for turn in range(6)]
+    for place in range(3):
+        assert sorted(order[place] for order in orders) == sorted(2 * names)
+    assert len({tuple(order) for order in orders}) == 6
 
 
 def test_prompts_hold_as_much_of_the_answer_as_the_case_says(shape: dict[str, Any]) -> None:

@@ -165,7 +165,11 @@ def test_both_wirings_and_all_depths_answer_as_if_alone(
 def test_preemption_changes_nothing(wiring: str, reference: tuple[list[Admit], dict[int, list[int]]]) -> None:
     requests, tokens = reference
     got = run_engine(
-        lambda e, c: _all(e, c, requests), wiring=wiring, options=FakeOptions(vocab_size=VOCAB, depth=2), num_gpu_blocks_override=44
+        lambda e, c: _all(e, c, requests),
+        wiring=wiring,
+        options=FakeOptions(vocab_size=VOCAB, depth=2),
+        num_gpu_blocks_override=44,
+        admission_forecast=False,
     )
     assert got.tokens == tokens
     assert got.steps[-1].stats.preemptions > 0
@@ -204,7 +208,7 @@ def test_abort_park_and_a_lost_text_process(wiring: str) -> None:
         engine.post(admit(9, [1, 2, 3], max_tokens=2))
         await collector.ended(5)
 
-    run_engine(test, wiring=wiring)
+    run_engine(test, wiring=wiring, admission_forecast=False)
 
 
 def test_drain_refuses_and_reports_when_nothing_is_left() -> None:

@@ -80,8 +80,9 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             blocks=st.integers(8, 16) if searching else st.integers(4, 24),
             chunked=st.just(True) if searching else st.booleans(),
             mixed=st.sampled_from([0, 0, 1, 3]),
-            gives_way=st.booleans(),
+            limit_ns=st.sampled_from([None, 0, 1_000_000, 15_000_000]),
             caching=st.booleans(),
+            forecasts=st.booleans(),
             block=st.sampled_from([1, 2, 4]),
             policy=st.integers(0, len(policies) - 1),
             clones=st.booleans(),
@@ -101,8 +102,9 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             blocks: int,
             chunked: bool,
             mixed: int,
-            gives_way: bool,
+            limit_ns: int | None,
             caching: bool,
+            forecasts: bool,
             block: int,
             policy: int,
             clones: bool,
@@ -114,7 +116,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             loose: bool,
             park: int,
         ) -> None:
-            self.options = {
+            self.options: dict[str, Any] = {
                 "depth": depth,
                 "max_num_seqs": slots,
                 "max_num_batched_tokens": budget if chunked else max(budget, 8),
@@ -122,8 +124,9 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 "block_size": block,
                 "enable_chunked_prefill": chunked,
                 "mixed_prefill_tokens": mixed if chunked else 0,
-                "mixed_prefill_gives_way": gives_way,
+                "itl_target_ns": limit_ns if chunked else None,
                 "enable_prefix_caching": caching,
+                "forecasts": forecasts,
                 "max_model_len": 40,
                 "prompt_logprobs_weight": (1.0, 2.5)[policy % 2],
                 "clones": clones,
@@ -139,6 +142,10 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             order = (True,) * len(hosts), (False,) * len(drafts)
             self.options["hosted"] = sum(order if hosts_first else order[::-1], ())
             self.sim = sim_class(settings_of(**self.options), self.policy(), hosts=self.tellers, **self.drafts)
+            pace = self.sim.scheduler._board.pace
+            for _ in range(0 if pace is None else 24):  # what is learned of longer runs
+                pace.times.learn(2, 20, 0, False, 9_000_000)
+                pace.times.learn(10, 20, 60, True, 12_000_000)
             self.bad: set[int] = set()
             self.keys: list[int] = []
             self.parked: set[int] = set()

@@ -281,7 +281,7 @@ def run(
 
     async def main() -> None:
         plugins = PluginHost("engine", extra=["grammar_kit"] if host else []).load()
-        built = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, **config})
+        built = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, "admission_forecast": False, **config})
         device = FakeDevice(FakeOptions(**{"vocab_size": VOCAB, "depth": 2, **(options or {})}))
         engine = Engine(built, output=output, device=device, policy=FirstComeFirstServed(), plugins=plugins)
         try:

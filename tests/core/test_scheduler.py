@@ -185,64 +185,6 @@ def test_prefill_beside_decodes_can_be_bounded(make_sim: Make) -> None:
     sim.check_idle()
 
 
-GIVING_WAY: dict[str, Any] = {
-    "max_num_batched_tokens": 40,
-    "max_num_seqs": 30,
-    "num_blocks": 400,
-    "max_model_len": 128,
-    "mixed_prefill_tokens": 8,
-    "mixed_prefill_gives_way": True,
-}
-
-
-def _running(sim: Any, count: int) -> None:
-    for _ in range(count):
-        sim.admit([9] * 3, max_tokens=100)
-    while len(sim.forwards) < 2 or sim.forwards[-1].num_decode < count:
-        sim.finish(1)
-
-
-def _beside(sim: Any, running: int, before: int) -> list[int]:
-    return [int(f.counts.sum()) - running for f in sim.forwards[before:]]
-
-
-def test_a_long_prompt_does_not_raise_the_bound_beside_decodes(make_sim: Make) -> None:
-    sim = make_sim(**GIVING_WAY)
-    _running(sim, 2)
-    before = len(sim.forwards)
-    sim.admit([1] * 100, max_tokens=2)
-    sim.finish(13)
-    assert _beside(sim, 2, before)[:13] == [8] * 12 + [4]
-    sim.run()
-    sim.check_idle()
-
-
-def test_the_bound_beside_decodes_gives_way_where_many_wait(make_sim: Make) -> None:
-    sim = make_sim(**GIVING_WAY)
-    _running(sim, 4)
-    before = len(sim.forwards)
-    for number in range(8):
-        sim.admit([number] * 16, max_tokens=2)
-    sim.finish(3)
-    first, second = _beside(sim, 4, before)[:2]
-    assert first == 36, "eight that wait count 64 tokens, four run: 64 * 8 // 8, cut to the budget"
-    assert second == 2 + 24, "two run now too; five and one in the making count 48 tokens: 48 * 6 // 12"
-    sim.run()
-    sim.check_idle()
-
-
-def test_parked_requests_do_not_raise_the_bound_beside_decodes(make_sim: Make) -> None:
-    sim = make_sim(**GIVING_WAY)
-    _running(sim, 4)
-    for number in range(8):
-        key = sim.admit([number] * 16, max_tokens=2, post=False)
-        sim.post(Park(key=key))
-    before = len(sim.forwards)
-    sim.admit([1] * 30, max_tokens=2)
-    sim.finish(3)
-    assert _beside(sim, 4, before)[:3] == [8, 8, 8]
-
-
 def test_the_last_token_of_a_prompt_counts_as_a_decode_row(make_sim: Make) -> None:
     sim = make_sim(max_num_batched_tokens=4)
     sim.admit([1] * 5, max_tokens=2)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 
+from penstock.core.contract.devices import Runner
 from penstock.core.contract.drafters import drafter_for
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions
 from penstock.core.contract.hookspecs import DrafterSpec
 from penstock.core.processes.engine import Engine, runner_config
+from penstock.core.processes.speculation import Drafters
 from penstock.core.protocol.config import Config, build
 from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
 from penstock.core.protocol.model_folder import demo_folder, with_model
@@ -196,6 +199,15 @@ def test_the_highest_priority_serves_a_method_of_equal_ones_the_last() -> None:
     assert drafter_for("ngram", specs).name == "b"
     with pytest.raises(ConfigError, match=r"'method' 'ngrams'\. Did you mean 'ngram'\? Known: ngram\."):
         drafter_for("ngrams", specs)
+
+
+def test_two_drafters_of_a_method_have_names_of_their_own() -> None:
+    """Metrics have one series a name: of two with one name one would be lost."""
+    methods = [DraftConfig(method=name) for name in ("draft_model", "ngram", "draft_model", "draft_model")]
+    drafters = Drafters(SpeculationConfig(methods=methods), None)
+    runner = types.SimpleNamespace(lookahead=4, drafters=tuple(one.method for one in methods))
+    drafters.settle(FakeDevice(FakeOptions(lookahead=4)).capabilities, cast(Runner, runner))
+    assert drafters.names == ("draft_model", "ngram", "draft_model-2", "draft_model-3")
 
 
 def test_a_device_that_cannot_says_so() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from penstock.core.actors.scheduler.widths import BURST, CLEARLY_LEAST, GOOD, KEEP, LEAST, OFF, Watch, Widths
+from penstock.core.actors.scheduler.widths import BURST, CLEARLY_LEAST, GOOD, KEEP, LEAST, OFF, REST_SPENT, Watch, Widths
 from penstock.core.runtime.clock import FakeClock
 
 Rate = Callable[[int], float]
@@ -33,7 +33,7 @@ class World:
         self.widths = Widths(range(1, most + 1), budget, self.clock)
         self.random = random.Random(7)
         self.before = -1
-        self.rest, self.rested = 0, 0
+        self.rest, self.rested, self.asked = 0, 0, 0
         self.used: list[int] = []
         self.tokens, self.spent = 0, 0.0
         self.warm: list[float] = []
@@ -48,6 +48,7 @@ class World:
             if looked:
                 if self.rested:
                     self.widths.rested(self.rested)
+                self.asked += 1
                 width = self.widths.choose(rows)
                 self.rest, self.rested = self.widths.rest, 0
             else:
@@ -206,6 +207,37 @@ def test_it_notices_that_drafts_became_good_and_bad_again() -> None:
     rate = 0.01
     world.run(1500, 2)
     assert world.usual() <= 1
+
+
+def looked_at(world: World, steps: int, rows: int = 1) -> int:
+    """Of so many steps, those whose width was asked for."""
+    before = world.asked
+    world.run(steps, rows)
+    return world.asked - before
+
+
+def test_while_no_drafts_are_best_steps_are_looked_at_ever_more_rarely() -> None:
+    world = World(RATES["none"], small)
+    world.run(4000, 1)
+    assert world.usual() == 0
+    assert looked_at(world, 4000) < 4000 / 40
+
+
+def test_who_has_spent_all_is_not_asked_before_there_is_something_to_spend() -> None:
+    clock = FakeClock()
+    widths = Widths([4], 1 << 20, clock)
+    widths.choose(1)
+    for ns in (MS, MS, MS, MS, MS):
+        widths.timed(1, 0, ns)
+    while widths.choose(1) or not widths.rest:
+        widths.timed(1, 4, 4 * MS)
+        widths.verified(4, [1, 0, 0, 0, 0])
+    assert widths.rest == REST_SPENT
+    asked = 0
+    while not widths.choose(1) and widths.rest:
+        widths.rested(widths.rest)
+        asked += 1
+    assert 2 <= asked <= 8
 
 
 def test_other_numbers_of_rows_have_times_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
@@ -187,3 +189,22 @@ def test_trees_are_refused_where_they_are_not_served(load: Load, folder: Path, r
     rewrite(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=64)
     with pytest.raises(UnsupportedFeature, match="sliding windows"):
         load(folder, speculation=asked("medusa"))
+
+
+def test_a_tree_changes_the_fingerprint_and_a_chain_does_not(load: Load, folder: Path, tmp_path: Path) -> None:
+    """Of sums over keys in another order clients are told."""
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    (heads / "config.json").write_text(json.dumps({"architectures": ["MedusaModel"], "medusa_num_heads": 2, "medusa_num_layers": 1}))
+    layers = {f"{head}.0.linear.weight": torch.zeros(width, width) for head in range(2)}
+    save_file(layers | {f"{head}.0.linear.bias": torch.zeros(width) for head in range(2)}, heads / "model.safetensors")
+
+    def told(tree: str | None, nodes: int) -> str:
+        one = DraftConfig(method="medusa", model=str(heads), num_speculative_tokens=nodes, speculative_token_tree=tree)
+        found: str = load(folder, speculation=SpeculationConfig(methods=[one])).fingerprint
+        return found
+
+    plain = load(folder).fingerprint
+    assert told(None, 2) == plain
+    assert len({plain, told("[(0,), (1,)]", 2), told("[(0,), (1,), (0, 0)]", 3)}) == 3

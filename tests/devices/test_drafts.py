@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from penstock.core.protocol.columns import i32
-from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
+from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
@@ -291,6 +292,58 @@ def test_a_draft_model_changes_no_token(seed: int, load: Load, folder: Path, tmp
         driver = Driver(runner, Options(lookahead=lambda rng: K, chunk=options.chunk, share=options.share, seed=4))
         driver.run(jobs)
         assert driver.accepted >= driver.drafted - 4 * len(apt), name
+
+
+@pytest.mark.parametrize("width", [VOCAB + 31, VOCAB - 31])
+def test_a_draft_model_whose_vocabulary_is_padded_to_another_length(
+    width: int, load: Load, folder: Path, tmp_path: Path, make_tensors: Any
+) -> None:
+    """What only one of them has is never drafted, however likely the other holds it."""
+    other = tmp_path / "draft"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"vocab_size": width}))
+    tensors = make_tensors()
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+        more = 9 * torch.randn(max(0, width - VOCAB), tensors[name].shape[1], generator=torch.Generator().manual_seed(2))
+        tensors[name] = torch.cat([tensors[name][:width], more.to(tensors[name].dtype)])
+    save_file(tensors, other / "model.safetensors")
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    driver = Driver(
+        load(folder, deterministic=True, speculation=speculation(method="draft_model", model=str(other), num_speculative_tokens=K)),
+        WAYS["at once"],
+    )
+    driver.run(jobs)
+    assert said(jobs) == said(plain)
+    assert driver.accepted > 20
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_draft_model_of_no_numbers_is_refused(value: float, load: Load, folder: Path, tmp_path: Path, make_tensors: Any) -> None:
+    """It would never have a draft, and nobody would miss them."""
+    other = tmp_path / "draft"
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    tensors = make_tensors()
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, speculation=speculation(method="draft_model", model=str(other), num_speculative_tokens=K))
+    said = f"--speculative-config: the drafter 'draft_model' in {other}: The tensor 'model.norm.weight' holds NaN or infinity."
+    assert caught.value.message.startswith(said)
+    assert str(caught.value) == caught.value.message
+
+
+def test_what_is_wrong_with_a_drafter_is_not_said_of_the_model(load: Load, folder: Path, tmp_path: Path, make_tensors: Any) -> None:
+    other = tmp_path / "draft"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 0}))
+    save_file(make_tensors(), other / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"--speculative-config: the drafter 'draft_model' in {other}: .*'num_attention_heads'"):
+        load(folder, speculation=speculation(method="draft_model", model=str(other)))
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ConfigError, match=rf"--speculative-config: the drafter 'draft_model' in {other}: --quantization nope"):
+        load(folder, speculation=speculation(method="draft_model", model=str(other), quantization="nope"))
 
 
 def test_a_drafter_s_keys_travel_with_their_pages(load: Load, folder: Path) -> None:

@@ -100,7 +100,8 @@ def test_steps_with_prefill_have_graphs(make_folder: Make, host_runner: Make, cp
 
 def test_sizes_of_steps_with_prefill() -> None:
     assert runner_module.mixed_for(512, 2048)[0] == [16, 64, 128, 256, 512]
-    assert runner_module.mixed_for(512, 2048)[1][-1] == 1024
+    assert runner_module.mixed_for(512, 2048)[1][-1] == 2048
+    assert runner_module.mixed_for(512, 8192)[1][-1] == runner_module.MIXED_TOKENS[-1], "longer ones have no graph"
     assert runner_module.mixed_for(20, 100) == ([16, 24], [64, 128])
     assert runner_module.mixed_for(1, 16) == ([1], [64])
 

@@ -69,6 +69,22 @@ def test_what_passed_is_missing_until_it_was_read(dtype: torch.dtype, length: in
                 assert read[slot] <= at[slot]
 
 
+def test_states_wait_for_others_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.plugins.drafters.gaps.WAITING", 5)
+    gaps = Gaps(SLOTS, WIDTH, torch.float32)
+    gaps.enter(i32([2]))
+    gaps.begin(step([2], [0], [1]))
+    held = []
+    for position in range(23):
+        work = step([2], [position], [1])
+        gaps.keep(work, 1, states_of(work, torch.float32))
+        held.append(len(gaps._waiting))
+    assert max(held) < 5
+    missing = gaps.missing(step([2], [23], [1]))
+    assert missing is not None
+    assert missing.states.tolist() == [[2.0, float(position), 1.0] for position in range(23)]
+
+
 def test_rings_are_bounded() -> None:
     gaps = Gaps(16, 1 << 10, torch.bfloat16, bytes_=20 << 15)
     assert gaps.length == 4

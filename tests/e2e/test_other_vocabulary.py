@@ -27,6 +27,7 @@ QUESTIONS = ["Count from 1 to 30.", "Tell me a story about a dog."]
 # A cache that does not hold them all at once, and prompts that are read in parts.
 FLAGS = [
     "--deterministic",
+    "--no-admission-forecast",
     "--block-size",
     "16",
     "--num-gpu-blocks-override",

@@ -24,7 +24,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "transports"))  # pytest's im
 
 from socket_kit import HANDSHAKE, frame
 
-FLAGS = ("--receive-timeout-s", "1.5", "--keep-alive-s", "1", "--stream-stall-s", "2", "--max-socket-streams", "200")
+# The cache of 64 MB does not hold what all these streams may draw.
+FLAGS = (
+    "--no-admission-forecast",
+    "--receive-timeout-s",
+    "1.5",
+    "--keep-alive-s",
+    "1",
+    "--stream-stall-s",
+    "2",
+    "--max-socket-streams",
+    "200",
+)
 BODY = b'{"prompt":"Once upon a time","max_tokens":4,"temperature":0}'
 LONG = b'{"prompt":"Once upon a time","max_tokens":3000,"temperature":0,"ignore_eos":true,"stream":true}'
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -148,7 +148,7 @@ def test_every_voices_ids_are_known(tmp_path: Path) -> None:
 def test_server_info(edge: Edge) -> None:
     told = edge.kept.get("/server_info").json()
     info = msgspec.convert(told, replies.ServerInfoReply)
-    assert info.scheduling == replies.Scheduling(policy="fcfs", priority="lower first")
+    assert info.scheduling == replies.Scheduling(policy="fcfs", priority="lower first", itl_target_ms=None, mixed_prefill_tokens=None)
     assert told["pools"] == [json.loads(SERVER_INFO)]
     edge.text.answers["server_info"] = lambda _: (503, b'{"message":"No.","type":"x","code":"draining"}')
     assert edge.kept.get("/server_info").status_code == 503

@@ -15,13 +15,16 @@ import msgspec
 import numpy as np
 
 from penstock.core.actors.scheduler.drafting import Drafting
+from penstock.core.actors.scheduler.forecast import Forecast
 from penstock.core.actors.scheduler.outline import Blocks, Flight
+from penstock.core.actors.scheduler.pace import Pace
 from penstock.core.actors.scheduler.slots import Commit, Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Group, Request, Sequence, WaitingRoom
 from penstock.core.contract.policy import SchedulePolicy
 from penstock.core.protocol.columns import EMPTY_I64, I32, Column, i32, i64, u8
 from penstock.core.protocol.messages import (
     EngineStats,
+    PaceStats,
     Plan,
     StepTokens,
 )
@@ -45,9 +48,11 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     depth: int = 1
     mixed_prefill_tokens: int = 0
-    """Prompt tokens in a step that also decodes; 0: what the budget leaves."""
-    mixed_prefill_gives_way: bool = False
-    """Whether that bound rises where many sequences wait for each that runs: see `Line._mixed_most`."""
+    """Prompt tokens in a step that also decodes, at most; 0: what the budget leaves."""
+    itl_target_ns: int | None = None
+    """What such a step should take at most, see pace.py; 0: what is learned; None: there is no such limit."""
+    prefill_knee: int = 0
+    """Tokens of a step from which on each takes longer, as far as the device knows."""
     prompt_logprobs_weight: float = 1.0
     """What a prompt token with a log-probability takes of a step's budget, in tokens; see contract/devices.py. Without chunked prefill all weigh 1: a prompt
     must fit into a step."""
@@ -74,6 +79,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The device takes Forward.loose: with drafts, too, steps are planned while others are in flight."""
     adjusts_ahead: bool = True
     """It can adjust logits by drafts: sequences with penalties or bad words of several tokens have drafts too."""
+    forecasts: bool = False
+    """Who waits is admitted only if all will fit once they have grown: see forecast.py. Else if there are blocks for its prompt."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 
@@ -109,6 +116,7 @@ class Board:
         self.waiting = WaitingRoom(policy)
         self.blocked = False
         """The first in line did not fit; nothing has been released since."""
+        self.forecast = Forecast() if settings.forecasts else None
         self.uncached = 1.0
         """Share of the last admitted prompts that had to be computed: how many look-ups are worth a try."""
         self.prefill_turn = False
@@ -135,6 +143,9 @@ class Board:
         self.draining = False
         self.drained = False
         self.lost = False
+        self.pace = None if settings.itl_target_ns is None else Pace(settings.itl_target_ns, settings.prefill_knee)
+        self.paced = None if self.pace is None else PaceStats()
+        """What the pace chose last."""
         # --- drafts
         self.drafting: Drafting | None = None
         self.wishes = 0
@@ -213,6 +224,7 @@ class Board:
             batch_tokens=batch_tokens,
             quarantined=quarantined,
             speculation=None if self.drafting is None else self.drafting.stats(),
+            pace=self.paced,
         )
 
     def report(self, rows: list[tuple[int, int, int, int]], errors: list[str] | None = None, **columns: Any) -> StepTokens:

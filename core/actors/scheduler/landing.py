@@ -15,6 +15,7 @@ import numpy as np
 from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Flight, mask_request, pick_logprobs, select_logprobs
+from penstock.core.actors.scheduler.pace import Pace
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import ENDED, Index, Rows
 from penstock.core.protocol.columns import EMPTY_I32, I32, I64, U8, Column, i32, i64
@@ -96,6 +97,22 @@ class Landing:
         self._board = board
         self._release = release
         self._beams = beams
+        self._finished_ns = 0
+        """When the last step was finished."""
+
+    def _timed(self, pace: Pace, flight: Flight, done: StepDone) -> None:
+        """What the pace learns of a step: from the end of the one before on, if it was under way by then."""
+        ns = done.finished_ns - max(done.started_ns, self._finished_ns)
+        self._finished_ns = done.finished_ns
+        if flight.beside is not None:
+            rows, positions, pairs, limit_ns = flight.beside
+            pace.times.learn(flight.tokens, positions, pairs, True, ns)
+            if rows:
+                pace.beside(ns, limit_ns)
+        elif flight.rows.slots.size:
+            pace.rested()
+            if pace.due():
+                pace.times.learn(flight.tokens, int(flight.positions.sum()), 0, False, ns)
 
     def step_done(self, done: StepDone) -> Iterable[Out]:
         board = self._board
@@ -107,6 +124,8 @@ class Landing:
         searching = bool(board.groups)
         if board.drafting is not None:
             board.drafting.landed(flight, done)
+        if board.pace is not None:
+            self._timed(board.pace, flight, done)
         if flight.masked.size and not searching:
             yield _drawn(flight, done)
         beams = slots.solo[flight.rows.index] if searching else None
@@ -140,10 +159,14 @@ class Landing:
             reasons[bad] = FAILED
             slots.poisoned[index] = True
         self._receive(flight, done, drawn, bad)
+        if board.forecast is not None and len(rows.stops):
+            board.forecast.drew(int(np.count_nonzero(drawn.column(rows.stops[0]) >= 0)))
         columns: dict[str, Any] = {}
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
         if ends:
+            if board.pace is not None and (over := int(np.count_nonzero(reasons))):
+                board.pace.answered(int(offsets[reasons != 0].sum()) + over, over)
             if board.drafting is not None:
                 columns |= board.drafting.told(drawn.which(np.flatnonzero(reasons)))
             for seq in drawn.column(rows.seqs)[reasons != 0].tolist():

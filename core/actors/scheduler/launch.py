@@ -103,6 +103,9 @@ class Launch:
         tokens = int(counts.sum())
         flight = Flight(step, sampled, positions, sampled.left <= 0, tokens)
         flight.started, flight.prompts, flight.scored = outline.started, prompts, scored
+        if board.pace is not None:
+            pairs = sum(count * (2 * start + count) // 2 for _, start, count in chunks)
+            flight.beside = int(decodes.size), int(starts[: decodes.size].sum()), pairs, board.pace.limit_ns
         board.prompt_computed += tokens - int(counts[: decodes.size].sum())
         board.rows = None
         extra: dict[str, Any] = {}

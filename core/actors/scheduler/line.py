@@ -14,11 +14,14 @@ import numpy as np
 
 from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
+from penstock.core.actors.scheduler.forecast import Outlook
 from penstock.core.actors.scheduler.outline import Outline
+from penstock.core.actors.scheduler.pace import Pace
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Entry
 from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import PaceStats
 
 
 class Line:
@@ -61,20 +64,23 @@ class Line:
         if rows.slots.size:
             outline.rows = rows
             outline.budget -= rows.tokens
+            if board.pace is not None:
+                outline.budget = min(outline.budget, self._paced(board.pace, rows, outline.budget))
             if board.settings.mixed_prefill_tokens:
-                outline.budget = min(outline.budget, self._mixed_most(rows.slots.size))
+                outline.budget = min(outline.budget, board.settings.mixed_prefill_tokens)
 
-    def _mixed_most(self, running: int) -> int:
-        """Prompt tokens for a step with so many decodes. Every token delays all that run, so the bound gives way to how many wait for each two that run:
-        when many do, how fast the queue is worked off matters more than a few milliseconds between tokens. A sequence counts with no more tokens than
-        the bound, so that a long prompt by itself never raises it."""
+    def _paced(self, pace: Pace, rows: Rows, budget: int) -> int:
+        """Prompt tokens beside these rows. Of those who wait only as many count as there are free slots for."""
         board = self._board
-        most = board.settings.mixed_prefill_tokens
-        if board.settings.mixed_prefill_gives_way:
-            slots = board.slots
-            count, tokens = board.waiting.demand(most, parked=board.parked_live > 0)
-            tokens += sum(min(most, int(slots.length[slot] - slots.computed[slot])) for slot in board.prefilling)
-            most = max(most, tokens * (count + len(board.prefilling)) // (2 * running))
+        slots = board.slots
+        tokens = float(sum(int(slots.length[slot] - slots.computed[slot]) for slot in board.prefilling))
+        if len(board.waiting):
+            count, asked = board.waiting.demand(parked=board.parked_live > 0)
+            tokens += asked * board.uncached * min(1.0, len(slots.free) / max(count, 1))
+        before = int(slots.computed[board.prefilling[0]]) if board.prefilling else 0
+        most = pace.choose(rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
+        if tokens:
+            board.paced = PaceStats(limit_ns=round(pace.limit_ns), prompt_tokens=most)
         return most
 
     def take_chunks(self, outline: Outline) -> None:
@@ -133,11 +139,18 @@ class Line:
         board = self._board
         count, tokens = 0, 0.0
         taken: list[Entry] = []
+        outlook = None
+        if entries and board.forecast is not None:
+            used, _, total, _, _, quarantined = board.kv
+            outlook = board.forecast.outlook(board.slots, total - quarantined, used)
         for entry in entries:
             if room <= 0 or tokens >= budget:
                 break
             if entry.request.group is not None and room < len(entry.seqs):
                 break  # all of its beams or none; nobody overtakes
+            if outlook is not None and not self._will_fit(outlook, entry):
+                board.blocked = True
+                break
             count += 1
             starting = entry.seqs[:1] if entry.request.group is None else entry.seqs
             if any(sequence.seq in board.held for sequence in starting):  # an earlier life of it is still in flight
@@ -148,3 +161,9 @@ class Line:
             taken.append(entry)
         del entries[:count]
         return taken
+
+    def _will_fit(self, outlook: Outlook, entry: Entry) -> bool:
+        """Also when it has grown."""
+        request, size = entry.request, entry.tokens.size
+        share = 1.0 if request.tells_prompt else self._board.uncached
+        return outlook.admits(size, size * share, request.limit, len(request.stop_ids) > 0, len(entry.seqs))

@@ -193,7 +193,7 @@ class Memory:
         """Cache hits left budget: ask for more."""
         for _ in range(_MAX_ROUNDS - 1):
             room = self._line.room()
-            if outline.full or not entries or outline.budget <= 0 or room <= 0:
+            if outline.full or self._board.blocked or not entries or outline.budget <= 0 or room <= 0:
                 return
             asked = self._line.next_entries(entries, outline.budget, room)
             if asked:

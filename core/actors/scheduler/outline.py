@@ -123,13 +123,15 @@ class Flight:
     some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all; `stood`: of these,
     drafts that turned out to be there; `drafts`: how many are made behind it; `chosen`: the width
     that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
-    is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
+    is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing. `beside`: of a step
+    with prompts, where there is a pace: rows that decode, the positions they read, the pairs of positions that prompts attend, and the pace's limit."""
 
     __slots__ = (
         *(
             "ahead",
             "alone",
             "asks",
+            "beside",
             "capped",
             "chosen",
             "drafted",
@@ -165,6 +167,7 @@ class Flight:
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []
         self.scored: list[Sequence] = []
+        self.beside: tuple[int, int, int, float] | None = None
 
 
 def mask_request(flight: Flight, drafts: dict[str, Column]) -> MaskRequest:

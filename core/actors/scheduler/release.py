@@ -43,6 +43,8 @@ class Release:
         request = sequence.request
         del board.live[sequence.seq]
         request.live -= 1
+        if board.forecast is not None and request.stop_ids and sequence.slot >= 0 and board.slots.known[sequence.slot] < request.limit:
+            board.forecast.stopped()
         board.parked_live -= request.parked
         board.wishes -= request.wish != 0
         if request.grammar:

@@ -187,13 +187,13 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._entries) - len(self._free)
 
-    def demand(self, most: int, *, parked: bool) -> tuple[int, int]:
-        """(entries, their tokens, of each at most `most` and without what the prefix cache had at the last look-up), parked ones left out: their
-        clients would not take what they get. `parked`: whether there may be any; without, no entry is looked at by itself."""
+    def demand(self, *, parked: bool) -> tuple[int, int]:
+        """(entries, their tokens without what the prefix cache had at the last look-up), parked ones left out: their clients would not take what they
+        get. `parked`: whether there may be any; without, no entry is looked at by itself."""
         rows = np.flatnonzero(self._used)
         if parked:
             rows = rows[[(entry := self._entries[row]) is not None and not entry.request.parked for row in rows.tolist()]]
-        return len(rows), int(np.minimum((self._prompt - self._cached)[rows], most).sum())
+        return len(rows), int((self._prompt - self._cached)[rows].sum())
 
     def _grow(self) -> None:
         more = max(64, len(self._entries))

@@ -64,6 +64,8 @@ ALLOWANCE = 0.005
 REST, SETTLED = 24, 28
 """Steps that are not looked at once no drafts have been the best for SETTLED of those that were, or while the purse is empty: a drafter that does not draft costs
 nothing then but a step now and again that is measured."""
+REST_SETTLED, REST_SPENT = 96, 256
+"""And so many at most: the longer nothing changed, and until the purse is full again."""
 PURSE, MOST_PURSE = 4.0, 64.0
 """What they may cost at first, and the most that is kept of what they gained: in steps without drafts. Who has spent all has to wait for PURSE."""
 
@@ -224,7 +226,7 @@ class Widths:
             return 0
         self._steps += 1
         if self._spent:
-            self._current, self.rest = 0, REST
+            self._current, self.rest = 0, min(REST_SPENT, max(REST, int((PURSE - self._purse) / ALLOWANCE)))
             return 0
         if self._trial_left:
             self._trial_left -= 1
@@ -270,10 +272,15 @@ class Widths:
             return self._start(self._longest_ago(size, able[1:]) if self._oldest else max(able[1:], key=lambda width: speeds[width]))
         self._unchanged += 1
         if current == 0 and self._unchanged >= SETTLED:
-            self.rest = REST
+            self.rest = self._resting(known.get(0, 0.0))
         else:
             self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
         return current
+
+    def _resting(self, none_ns: float) -> int:
+        """Steps that nobody looks at: longer the longer nothing changed, but about till the next trial."""
+        left = (self._retry_ns - self._clock.now_ns()) / none_ns if none_ns else 0.0
+        return max(REST, min(REST * (self._unchanged // SETTLED), REST_SETTLED, int(left)))
 
     def _able(self, most: int, known: dict[int, float]) -> list[int]:
         """What may be chosen: of what was not measured, no more than the next or twice as many as what was, so that the first tries are cheap."""

@@ -1,4 +1,4 @@
-"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, speculation, streams.
+"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, speculation, streams, compare.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
 It is long because each command stands here with its options.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from penstock.plugins.commands.bench.compare.command import compare
+
 if TYPE_CHECKING:
     from penstock.plugins.commands.bench.client import Client, Record
     from penstock.plugins.commands.bench.workload import Workload
@@ -26,6 +28,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 def bench() -> None:
     """Measure a server or the engine. Lengths come from a fixed seed; figures are printed and, with --json, kept."""
 
+
+bench.add_command(compare)
 
 COUNT = click.IntRange(min=1)
 AMOUNT = click.IntRange(min=0)

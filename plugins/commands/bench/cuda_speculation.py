@@ -2,7 +2,7 @@
 
 What it is: the 8B shape on dummy weights whose every token is 0 (its last norm is set to zeros, which costs what any other would), and a drafter that knows it, and lies as
 often as it is told: so that acceptance is what the bench says, and times are those of the real kernels. Tokens a second without drafts, then with K drafts a row and step, in
-turns, two steps in flight, as the scheduler has it, and where one is named so one; and a 1B shape as draft model, whose drafts are all right. Results go to speculation.json.
+turns, two steps in flight, as the scheduler has it, and where one is named so one; a 1B shape as draft model, whose drafts are all right; and a tree. Results go to speculation.json.
 What it does not know: how apt real drafters are; the scheduler.
 """
 
@@ -20,27 +20,36 @@ import numpy as np
 
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_1B, LLAMA_8B, decode, fill, folder_of, load
 from penstock.plugins.drafters.api import NoLayers, Seen
+from penstock.plugins.drafters.trees import Tree
 
 CONTEXT = 1024
 WIDTHS = (2, 4, 8)
 LIES = (0.0, 0.2, 0.5)
 STEPS = 40
+TREE = "[(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0)]"
 
 
 class Oracle(NoLayers):
-    """Drafts 0, the right token, but 1 with a chance of `lies` for each position."""
+    """Drafts 0, the right token, but 1 with a chance of `lies` for each position; in a tree 0 along the first children."""
 
     name = "oracle"
     max_lookahead = max(WIDTHS)
 
-    def __init__(self, lies: float = 0.0) -> None:
-        self.lies = lies
+    def __init__(self, lies: float = 0.0, tree: Tree | None = None) -> None:
+        self.lies, self.tree = lies, tree
+        self.told: dict[Any, Any] = {}
 
     def propose(self, seen: Seen, out: Any) -> None:
         """See Drafter."""
         import torch
 
         assert seen.proposal is not None
+        if self.tree is not None:
+            told = self.told.get(out.device)
+            if told is None:
+                told = self.told[out.device] = torch.tensor(firsts(self.tree), dtype=torch.int32, device=out.device)
+            out.copy_(told.expand_as(out))
+            return
         place = (
             seen.proposal.ends[:, None].long() + torch.arange(out.shape[1], device=out.device) + 7919 * seen.proposal.slots[:, None].long()
         )
@@ -152,6 +161,42 @@ def measure(path: str, many: list[int], out: dict[str, Any]) -> None:
     torch.cuda.empty_cache()
 
 
+def trees(path: str, many: list[int], out: dict[str, Any]) -> None:
+    """What a step takes with eight drafts in a row's tree, of which the first children are right, and with the same eight as a chain."""
+    from unittest import mock
+
+    import torch
+
+    from penstock.plugins.devices import cuda
+
+    for name, tree in (("chain", None), ("tree", Tree.of(TREE))):
+        oracle = Oracle(tree=tree)
+        with (
+            mock.patch.object(cuda, "load_drafters", return_value=([oracle], max(WIDTHS))),
+            mock.patch.object(cuda, "most_drafts", return_value=max(WIDTHS)),
+        ):
+            runner, _, _ = load(path, load_format="dummy", max_num_seqs=64, max_model_len=4096)
+        silenced(runner)
+        for rows in many:
+            fill(runner, rows, CONTEXT)
+            drafted(runner, rows, max(WIDTHS), 8, 1)
+            fill(runner, rows, CONTEXT)
+            out[f"{name}_rows_{rows}"] = one = drafted(runner, rows, max(WIDTHS), STEPS, 1)
+            print(name, rows, json.dumps(one), flush=True)
+        runner.close()
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def firsts(tree: Tree) -> list[int]:
+    """The oracle's token for each node but the root: 0, the right one, where every node on the way is its parent's first child, and 1 elsewhere."""
+    wrong = [False]
+    for parent, rank in zip(tree.parents[1:].tolist(), tree.ranks[1:].tolist(), strict=True):
+        wrong.append(wrong[parent] or rank > 0)
+    return [int(one) for one in wrong[1:]]
+
+
 def draft_model(path: str, draft: str, many: list[int], out: dict[str, Any]) -> None:
     """A smaller model that is always right: what its own steps cost."""
     from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
@@ -187,6 +232,8 @@ def main(arguments: list[str]) -> None:
         measure(path, many, found)
         (out / "speculation.json").write_text(json.dumps(found, indent=1))
         draft_model(path, folder_of(LLAMA_1B, Path(scratch), "llama-1b"), many[:2], found)
+        (out / "speculation.json").write_text(json.dumps(found, indent=1))
+        trees(path, many, found)
         (out / "speculation.json").write_text(json.dumps(found, indent=1))
 
 

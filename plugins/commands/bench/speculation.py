@@ -73,6 +73,13 @@ def known_answers(model: str, shape: dict[str, Any], rows: int, tokens: int, cas
     return {"model": model}, {case: asking(case) for case in cases}
 
 
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """Who goes first changes with each turn: whoever is first or last follows itself in the next one, and finds its memory in the caches."""
+    first = turn % len(names)
+    found = names[first:] + names[:first]
+    return found[::-1] if turn // len(names) % 2 else found
+
+
 def measured(configs: list[dict[str, Any]], common: dict[str, Any], asks: dict[str, Ask], *, turns: int) -> dict[str, Any]:
     """By configuration ("off" first) and kind: tokens a second (median of the turns), and the median ratio to "off" of the same turn."""
     from penstock import LLM
@@ -83,8 +90,8 @@ def measured(configs: list[dict[str, Any]], common: dict[str, Any], asks: dict[s
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(LLM(**common, **over)) for name, over in named.items()}
         for turn in range(turns + 1):  # the first one warms up, and lets the widths be learned
-            order = list(engines) if turn % 2 else list(engines)[::-1]
-            for kind, ask in asks.items():
+            for at, (kind, ask) in enumerate(asks.items()):
+                order = in_turn(list(engines), turn + at)
                 first: list[list[int]] | None = None
                 for name in order:
                     begun, before = time.perf_counter(), time.process_time()

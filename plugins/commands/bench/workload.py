@@ -75,10 +75,13 @@ def make(
     prefixes: int = 1,
     max_len: int | None = None,
     low_id: int = 16,
+    inputs: Shape = SHAREGPT_INPUT,
+    outputs: Shape = SHAREGPT_OUTPUT,
+    values_seed: str | None = None,
 ) -> Workload:
-    """A workload: ShareGPT-like lengths, or fixed ones; `prefixes` distinct shared prefixes of `prefix_len` tokens dealt round robin.
+    """A workload: drawn lengths (ShareGPT-like ones unless said), or fixed ones; `prefixes` distinct shared prefixes of `prefix_len` tokens dealt round robin.
 
-    Drawn lengths are cut to `max_len`, fixed ones never. Raises DoesNotFit.
+    Drawn lengths are cut to `max_len`, fixed ones never. `values_seed` is of the ids alone: other ids, the same lengths and arrivals. Raises DoesNotFit.
     """
     if vocab <= low_id:
         raise ValueError(f"the vocabulary ({vocab}) must exceed {low_id}")
@@ -88,13 +91,13 @@ def make(
             f"prefix ({prefix_len}), input ({'at least 1' if input_len is None else input_len}) and output"
             f" ({'at least 1' if output_len is None else output_len}) are {fixed} tokens, but the model's context is {max_len}"
         )
-    lengths, values, gaps = random.Random(seed), random.Random(seed + 1), random.Random(seed + 2)
+    lengths, values, gaps = random.Random(seed), random.Random(seed + 1 if values_seed is None else values_seed), random.Random(seed + 2)
     shared = [[values.randrange(low_id, vocab) for _ in range(prefix_len)] for _ in range(max(1, prefixes))]
     times = arrivals(count, rate, burstiness, gaps)
     requests = []
     for i in range(count):
-        own = input_len if input_len is not None else SHAREGPT_INPUT.draw(lengths)
-        out = output_len if output_len is not None else SHAREGPT_OUTPUT.draw(lengths)
+        own = input_len if input_len is not None else inputs.draw(lengths)
+        out = output_len if output_len is not None else outputs.draw(lengths)
         prompt = shared[i % len(shared)] + [values.randrange(low_id, vocab) for _ in range(own)]
         if max_len is not None:
             out = max(1, min(out, max_len - prefix_len - (1 if input_len is None else input_len)))

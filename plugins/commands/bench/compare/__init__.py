@@ -1,0 +1,1 @@
+"""`penstock bench compare`: servers beside each other on one machine, in turns."""
