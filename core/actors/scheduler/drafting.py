@@ -375,19 +375,20 @@ class Drafting:
         self._had[1] += right
         reached = _at_least(right, self._most)
         accepted = sum(reached) - reached[0]
-        self.rows += int(np.count_nonzero(ahead))
+        full = drafted == ahead.size * flight.width  # then counting the rows that had drafts is spared, and those that had wrong ones
+        self.rows += ahead.size if full else int(np.count_nonzero(ahead))
         self.drafted += drafted
         self.accepted += accepted
         self.places = [sum(pair) for pair in zip(self.places, reached[1:], strict=True)]
-        wrong = ahead > right
         whose = slots.drafter[index] if len(self.watches) > 1 else None
         for number, watch in enumerate(self.watches):
             if whose is None:
-                seen, good = accepted + int(np.count_nonzero(wrong)), accepted
+                wrong = ahead.size - reached[flight.width] if full else int(np.count_nonzero(ahead > right))
+                seen, good = accepted + wrong, accepted
             else:
                 mine = whose == number
                 good = int(right[mine].sum())
-                seen = good + int(np.count_nonzero(wrong[mine]))
+                seen = good + int(np.count_nonzero(ahead[mine] > right[mine]))
             if seen and watch.saw(seen, good):
                 self._switched()
                 log.warning("drafter %s is off: %s", watch.name, watch.reason)
