@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penstock.core.protocol.columns import I32, i32
+from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.errors import CheckpointError, EngineFailure
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
@@ -183,8 +183,6 @@ class Driver:
                 rows.append((job, count))
                 budget -= count
         rows.sort(key=lambda row: row[1] != 1 and id(row[0]) not in decode)
-        places = [np.concatenate([job.prompt, i32(job.tokens)]) for job in fresh]
-        sizes = [len(job.blocks) for job in fresh]
         asks = [index for index, (job, _) in enumerate(rows) if job.params.prompt_logprobs is not None and job.computed < len(job.prompt)]
         self.steps += 1
         self.runner.forward(
@@ -197,12 +195,7 @@ class Driver:
                 counts=i32([count for _, count in rows]),
                 num_decode=sum(1 for job, count in rows if count == 1 or id(job) in decode),
                 lookahead=lookahead,
-                place_slots=i32([job.slot for job in fresh]),
-                place_counts=i32([len(tokens) for tokens in places]),
-                place_tokens=np.concatenate(places) if places else i32([]),
-                block_slots=np.repeat(i32([job.slot for job in fresh]), sizes),
-                block_index=i32([index for n in sizes for index in range(n)]),
-                block_ids=i32([block for job in fresh for block in job.blocks]),
+                **placing(fresh),
                 prompt_rows=i32(asks),
                 write_slots=i32([job.slot for job, drafts in written for _ in drafts]),
                 write_positions=i32([job.known + at for job, drafts in written for at in range(len(drafts))]),
@@ -218,12 +211,7 @@ class Driver:
                 rows=i32(draw),
                 slots=i32([rows[index][0].slot for index in draw]),
                 positions=i32([rows[index][0].known for index in draw]),
-                places=[
-                    SlotSampling(
-                        slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params, stop_ids=i32(job.stop_ids)
-                    )
-                    for job in fresh
-                ],
+                places=samplings(fresh),
                 lookahead=lookahead,
                 drafts=ahead,
                 prompt_rows=i32(asks),
@@ -262,6 +250,28 @@ class Driver:
                     self.cache.setdefault(history[: (index + 1) * size].tobytes(), job.blocks[index])
         if done.prompt_logprobs is not None:
             collect_prompts(done, [rows[index][0] for index in asks])
+
+
+def placing(fresh: Sequence[Job]) -> dict[str, Any]:
+    """Columns of Forward that put jobs into their slots: their tokens, and their blocks."""
+    places, sizes = [np.concatenate([job.prompt, i32(job.tokens)]) for job in fresh], [len(job.blocks) for job in fresh]
+    slots = i32([job.slot for job in fresh])
+    return {
+        "place_slots": slots,
+        "place_counts": i32([len(tokens) for tokens in places]),
+        "place_tokens": np.concatenate(places) if places else EMPTY_I32,
+        "block_slots": np.repeat(slots, sizes),
+        "block_index": i32([index for size in sizes for index in range(size)]),
+        "block_ids": i32([block for job in fresh for block in job.blocks]),
+    }
+
+
+def samplings(fresh: Sequence[Job]) -> list[SlotSampling]:
+    """How they want to be drawn for, as Sample says it."""
+    return [
+        SlotSampling(slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params, stop_ids=i32(job.stop_ids))
+        for job in fresh
+    ]
 
 
 def _spread(draw: Sequence[int], counts: Sequence[int], rows: int) -> list[int]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, i32
+from penstock.core.protocol.columns import EMPTY_U8, i32
 from penstock.core.protocol.errors import EngineFailure
-from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
-from penstock.plugins.devices.driver import Drivable, Job, collect_prompts, logprobs_of
+from penstock.core.protocol.messages import Forward, Sample, StepDone
+from penstock.plugins.devices.driver import Drivable, Job, collect_prompts, logprobs_of, placing, samplings
 
 
 @dataclass
@@ -94,12 +94,7 @@ class AheadDriver:
                 num_decode=len(rows),
                 lookahead=lookahead,
                 loose=np.array([*loose, *[0 for _ in parts]], np.uint8) if any(loose) else EMPTY_U8,
-                place_slots=i32([job.slot for job in fresh]),
-                place_counts=i32([len(job.prompt) for job in fresh]),
-                place_tokens=np.concatenate([job.prompt for job in fresh]) if fresh else EMPTY_I32,
-                block_slots=i32([job.slot for job in fresh for _ in job.blocks]),
-                block_index=i32([index for job in fresh for index in range(len(job.blocks))]),
-                block_ids=i32([block for job in fresh for block in job.blocks]),
+                **placing(fresh),
                 prompt_rows=i32(asks),
             )
         )
@@ -109,12 +104,7 @@ class AheadDriver:
                 rows=i32(range(len(draws))),
                 slots=slots[: len(draws)],
                 positions=i32([*(start + 1 for start in starts[: len(rows)]), *(len(job.prompt) for job in drawing)]),
-                places=[
-                    SlotSampling(
-                        slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params, stop_ids=i32(job.stop_ids)
-                    )
-                    for job in fresh
-                ],
+                places=samplings(fresh),
                 lookahead=lookahead,
                 drafts=drafts,
                 prompt_rows=i32(asks),

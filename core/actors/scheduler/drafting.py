@@ -2,12 +2,11 @@
 
 What it is: before a step, its width and each row's share of it (none for those who obey a grammar, search with beams or do not want any); behind it, the
 lengths of rows whose drafts were right, acceptance by place, by sequence and by drafter, and drafters that are turned off. The device's drafts stand
-there since the last step; those of drafters on the host (core/actors/drafters.py) are asked for before a step, and written with it.
+there since the last step; those of drafters on the host are asked for before a step, and written with it (hosted.py).
 Where the device knows by itself how far a step brought its rows (Forward.loose), the next one is planned while that is under way, from bounds: as if all drafts were
 there, and right. Elsewhere, and for drafters on the host, which have to be told, it is planned when the one before it has landed.
 While there are no drafts, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
 What it does not know: which width is best (widths.py), blocks, what drafts are.
-It is long because what a step was planned with is what its landing corrects: both halves write the same few columns.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.hosted import Hosted
 from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.waiting import Sequence
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
-from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, EMPTY_U8, I32, U8, Column, i32, i64, u8
+from penstock.core.protocol.columns import EMPTY_U8, I32, U8, Column, i32, i64
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import Draft, Drafted, SpeculationStats, StepDone
-from penstock.core.runtime.actor import Ask, Out
+from penstock.core.protocol.messages import SpeculationStats, StepDone
+from penstock.core.runtime.actor import Out
 from penstock.core.runtime.clock import Clock
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ class Drafting:
         """A step with drafts has landed, and none without was planned since."""
         self.watches = [Watch(name, clock) for name in settings.drafters or ("drafts",)]
         hosted = settings.hosted or (False,) * len(self.watches)
-        self.hosts = [number for number, here in enumerate(hosted) if here]
-        """Of the watches, those whose drafters are on the host; the others are on the device."""
+        self.host = Hosted(board, [number for number, here in enumerate(hosted) if here], len(self.watches), self._lose)
         self._device: U8 = np.array([number for number, here in enumerate(hosted) if not here], np.uint8)
         self._all = (1 << len(self.watches)) - 1
         self._off = 0
@@ -63,15 +62,10 @@ class Drafting:
         self.last = 0
         """The width of the last step that landed and decoded anything, as it was computed."""
         self._wishes: Column | None = None
-        self._hosts_on: list[int] = []
-        self._tokens: dict[int, I32] = {}
-        """Drafts of the host, by slot, that are written with this step."""
         self._stands: I32 | None = np.zeros((settings.max_num_seqs, self._most), np.int32) if settings.masks_ahead else None
         """The drafts themselves, by slot: masks follow them."""
         self._ones: U8 = np.ones(settings.max_num_seqs, np.uint8)
         self._ones.flags.writeable = False
-        self.ended: list[int] = []
-        """Sequences that drafters on the host were told of, and that left their slots."""
         self._before = -1, 0, True
         """Of the step that landed last: which it was, the width that was chosen for it, whether it had decodes alone."""
         self._finished_ns = 0
@@ -100,7 +94,7 @@ class Drafting:
             if self._timed_rest:
                 self._widths.rested(self._rested)
             self._rested = 0
-        self._forget_tokens()
+        self.host.forget()
         slots.beyond = 0
         if not count:  # prompts alone: those that come to their end get drafts for their first step
             return
@@ -119,7 +113,7 @@ class Drafting:
         self._wanted = max(self.chosen, self._widths.most(count)) if forced else self.chosen
         on = self._all if forced else self._all & ~self._off
         self.drafters = sum(1 << bit for bit, number in enumerate(self._device.tolist()) if on >> number & 1)
-        self._hosts_on = [number for number in self.hosts if on >> number & 1]
+        self.host.on = [number for number in self.host.numbers if on >> number & 1]
         self.drafts = self._wanted if self.drafters else 0
         slots.beyond = self._beyond(count)
 
@@ -164,67 +158,17 @@ class Drafting:
 
     def ask(self, rows: Rows) -> Generator[Out, Any, None]:
         """Drafts of the host, for rows of which the device has none or less wanted ones."""
-        board = self._board
-        slots = board.slots
-        if not self._wanted or not self._hosts_on or not rows.slots.size or board.flights:  # of steps in flight the tokens are not known
+        if (
+            not self._wanted or not self.host.on or not rows.slots.size or self._board.flights
+        ):  # of steps in flight the tokens are not known
             return
-        most = self._most_of(rows)
-        stands = slots.drafted[rows.index] > 0
-        wanted = np.flatnonzero((most > 0) & (~stands | (slots.drafter[rows.index] > self._hosts_on[0])))
-        if not wanted.size:
-            return
-        index = rows.index[wanted]
-        asked: list[int] = []
-        for slot, there in zip(index.tolist(), stands[wanted].tolist(), strict=True):
-            before = slots.drafter.item(slot) if there else len(self.watches)
-            asked.append(sum(1 << bit for bit, number in enumerate(self.hosts) if number in self._hosts_on and number < before))
-        reply: Drafted = yield Ask(self._question(index, most[wanted], u8(asked)), Drafted)
-        self._lose(reply)
-        ends = np.cumsum(reply.counts)
-        if reply.counts.size != index.size or reply.tokens.size != int(reply.counts.sum()) or np.any(reply.counts > most[wanted]):
-            raise ProtocolError(f"{index.size} sequences were asked about, but {reply.counts.size} have {reply.tokens.size} drafts")
-        for at in np.flatnonzero(reply.counts).tolist():
-            slot = int(index[at])
-            self._tokens[slot] = reply.tokens[ends[at] - reply.counts[at] : ends[at]]
-            slots.drafted[slot] = reply.counts[at]
-            slots.drafter[slot] = self.hosts[int(reply.drafters[at])]
-            if self._stands is not None:
-                self._stands[slot, : reply.counts[at]] = self._tokens[slot]
-            slots.any_drafted = True
+        yield from self.host.ask(rows, self._most_of(rows), self._stands)
 
-    def _question(self, index: Index, most: I32, asked: U8) -> Draft:
-        slots = self._board.slots
-        shown, known = slots.shown[index], slots.known[index]
-        news = np.flatnonzero(known > shown)
-        begun = [holder for slot in index[news[shown[news] == 0]].tolist() if (holder := slots.holder[slot]) is not None]
-        parts = [slots.history[slot, slots.shown[slot] : slots.known[slot]] for slot in index[news].tolist()]
-        slots.shown[index] = known
-        ended, self.ended = self.ended, []
-        return Draft(
-            step=self._board.step + 1,
-            seqs=slots.seq[index],
-            most=most,
-            drafters=asked,
-            news=slots.seq[index[news]],
-            counts=known[news] - shown[news],
-            tokens=np.concatenate(parts) if parts else EMPTY_I32,
-            begun=i64([holder.seq for holder in begun]),
-            roots=b"".join(holder.request.root for holder in begun),
-            ended=i64(ended),
-        )
-
-    def farewell(self) -> Generator[Out, Any, None]:
-        """Nobody is left: drafters need not remember those who were."""
-        ended, self.ended = self.ended, []
-        question = Draft(step=self._board.step + 1, seqs=EMPTY_I64, most=EMPTY_I32, drafters=EMPTY_U8, ended=i64(ended))
-        self._lose((yield Ask(question, Drafted)))
-
-    def _lose(self, reply: Drafted) -> None:
+    def _lose(self, broken: dict[int, str]) -> None:
         """Drafters on the host that failed."""
-        for number, why in reply.broken.items():
-            self.watches[self.hosts[number]].fail(why)
-        if reply.broken:
-            self._switched()
+        for number, why in broken.items():
+            self.watches[number].fail(why)
+        self._switched()
 
     def loose(self, rows: Rows) -> U8:
         """Forward.loose for rows that decode in the next step; empty where it is known of all how far they have come and which drafts stand."""
@@ -254,13 +198,11 @@ class Drafting:
             flight.width = self.width
             flight.ahead = flight.stood = flight.rows.counts - np.int32(1)
             flight.drafted = flight.rows.tokens - flight.rows.slots.size
-        flight.alone = bool(self.hosts and self._wanted and flight.rows.slots.size)
+        flight.alone = bool(self.host.numbers and self._wanted and flight.rows.slots.size)
         if not self._board.settings.loose:
             flight.alone |= bool(flight.width or flight.drafts)
-        written: dict[str, Any] = {}
-        if self._tokens and flight.width:
-            written = self._writes(flight, columns)
-        self._forget_tokens()
+        written = self.host.writes(flight, columns)
+        self.host.forget()
         if slots.any_drafted and (not flight.drafts or flight.alone):
             slots.drafted[flight.rows.index] = 0
             slots.any_drafted = bool(slots.drafted.any())
@@ -275,28 +217,6 @@ class Drafting:
             return {}
         rows = self._stands[flight.rows.index[flight.masked]]
         return {"draft_counts": ahead, "drafts": rows[np.arange(rows.shape[1]) < ahead[:, None]]}
-
-    def _forget_tokens(self) -> None:
-        """They stand nowhere but in the step that they are written with."""
-        if self._tokens:
-            self._board.slots.drafted[list(self._tokens)] = 0
-            self._tokens = {}
-
-    def _writes(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
-        """Behind those of others."""
-        place: list[tuple[int, int, I32]] = []
-        for at in np.flatnonzero(flight.ahead).tolist():
-            slot = int(flight.rows.slots[at])
-            if slot in self._tokens:
-                place.append((slot, int(flight.positions[at]), self._tokens[slot][: int(flight.ahead[at])]))
-        if not place:
-            return {}
-        mine = {
-            "write_slots": i32([slot for slot, _, tokens in place for _ in range(tokens.size)]),
-            "write_positions": np.concatenate([np.arange(first, first + tokens.size, dtype=np.int32) for _, first, tokens in place]),
-            "write_tokens": np.concatenate([tokens for _, _, tokens in place]),
-        }
-        return {name: np.concatenate([columns[name], column]) if name in columns else column for name, column in mine.items()}
 
     # ------------------------------------------------------------------ behind it
 
@@ -344,7 +264,7 @@ class Drafting:
             self._correct(later[0], flight, made)
         if self._stands is not None and self._board.obeying and done.drafts.size:
             self._stands[index, : flight.drafts] = done.drafts.reshape(-1, flight.drafts)
-        if len(self.watches) > 1 or self.hosts:
+        if len(self.watches) > 1 or self.host.numbers:
             slots.drafter[index] = self._device[done.drafters] if done.drafters.size else self._device[0]
         if any(not step.drafts for step in later):  # behind which nothing stands
             last = slots.last_step[index] <= flight.step

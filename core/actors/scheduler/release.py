@@ -98,7 +98,7 @@ class Release:
         slots = board.slots
         seq = int(slots.seq[slot])
         if slots.shown[slot] and board.drafting is not None:
-            board.drafting.ended.append(seq)
+            board.drafting.host.ended.append(seq)
         if slots.capacity[slot] > 0:
             self.commit([slot])
             board.releases.append((seq, int(slots.incarnation[slot]), int(slots.poisoned[slot])))

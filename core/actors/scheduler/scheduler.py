@@ -86,7 +86,7 @@ class Scheduler:
         self._board = board = Board(settings, policy, clock)
         if settings.lookahead:
             board.drafting = Drafting(board, clock, widths)
-            if board.drafting.hosts:
+            if board.drafting.host.numbers:
                 self.gives, self.takes = self.gives | {Draft}, self.takes | {Drafted}
         self._release = Release(board)
         self._beams = Beams(board, self._release)
@@ -301,8 +301,8 @@ class Scheduler:
             self._release.settle()
         if board.releases and not board.flights:  # nothing to compute, but something to give back
             yield from self._memory.ask(Outline(0), NOBODY, [])
-        if board.drafting is not None and board.drafting.ended and not board.live and not board.flights:
-            yield from board.drafting.farewell()
+        if board.drafting is not None and board.drafting.host.ended and not board.live and not board.flights:
+            yield from board.drafting.host.farewell()
         if giving and not board.flights:  # no step will tell that the blocks came back
             yield board.report([])
         if board.draining and not board.drained and not board.live and not board.flights:
@@ -354,7 +354,7 @@ class Scheduler:
         rows = board.rows or self._line.gather()
         if board.drafting is not None:
             board.drafting.choose(rows)
-            if board.drafting.hosts:
+            if board.drafting.host.numbers:
                 yield from board.drafting.ask(rows)
             board.drafting.share(rows)
         budget = board.settings.max_num_batched_tokens
