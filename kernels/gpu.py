@@ -149,6 +149,11 @@ def device_key() -> str:
     return name if name in _tables() else "default"
 
 
+def without_table() -> str | None:
+    """The card's name if it has no table of its own, so that kernels run in default tiles."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() and device_key() == "default" else None
+
+
 @functools.cache
 def tuned(kernel: str) -> dict[str, int]:
     """The configuration shipped for this kernel on this device (measured by gpu_bench.py), else the default one. Nothing is tuned at run time."""
