@@ -92,10 +92,9 @@ class HostDrafters:
             try:
                 tokens = np.asarray(entry.drafter.propose(seq, most))
                 if tokens.size:
-                    tokens = tokens.astype(np.int32, casting="same_kind")[:most]
-                    if tokens.ndim != 1 or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab:
+                    if tokens.dtype.kind not in "iu" or tokens.ndim != 1 or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab:
                         raise ValueError(f"propose() gave what are no token ids below {self._vocab}")
-                    return tokens, number
+                    return tokens[:most].astype(np.int32), number
             except BaseException as raised:
                 self._drop(number, f"it failed with {described(tamed(raised))}")
         return EMPTY_I32, 0

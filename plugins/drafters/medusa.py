@@ -39,11 +39,13 @@ class MedusaDrafter(NoLayers):
         check_kind(self.name, config.model, raw, getattr(builder.weights, "has", None), parts.facts.num_layers)
         count, depth = (_number(raw, name) for name in ("medusa_num_heads", "medusa_num_layers"))
         hidden = parts.facts.hidden_size
-        if raw.get("hidden_size", hidden) != hidden:
-            raise CheckpointError(
-                f"{config.model}: config.json says 'hidden_size' {raw['hidden_size']}, the model has {hidden}: these heads are of another model.",
-                param="hidden_size",
-            )
+        for name in ("hidden_size", "vocab_size"):
+            own_size = getattr(parts.facts, name)
+            if raw.get(name, own_size) != own_size:
+                raise CheckpointError(
+                    f"{config.model}: config.json says {name!r} {raw[name]}, the model has {own_size}: these heads are of another model.",
+                    param=name,
+                )
         tree = Tree.of(config.speculative_token_tree)
         if tree is not None and tree.deepest > count:
             raise ConfigError(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import trio
 
@@ -444,6 +445,22 @@ def test_a_drafter_that_fails_is_not_asked_again_and_nobody_notices(make_sim: Ma
     sim.run()
     assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
     sim.check_idle()
+
+
+@pytest.mark.parametrize("said", [np.array([1 << 40]), np.array([-1]), np.array([1.0]), np.array([True]), np.array([[1]]), np.array("one")])
+def test_what_is_no_token_id_is_no_draft(said: Any, make_sim: Make) -> None:
+    class Says(Knows):
+        def propose(self, seq: int, most: int) -> Any:
+            super().propose(seq, most)
+            return said
+
+    says = Says()
+    sim = hosted(make_sim, says, drafters=("mine",), flags=(True,), drafts=())
+    key = sim.admit([1, 2, 3], max_tokens=12)
+    sim.run()
+    assert len(sim.output(key)) == 12
+    assert says.asked == 1
+    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
 
 
 def test_a_drafter_may_work_in_pieces_between_steps(make_sim: Make) -> None:

@@ -360,11 +360,16 @@ def test_norm_before_residual(head: Any, load: Load, folder: Path, make_tensors:
         assert drafts == wanted[: len(drafts)] or -1 in drafts
 
 
-def test_heads_of_another_model_are_refused(head: Any, load: Load, folder: Path) -> None:
-    for method, change in (("eagle3", {"vocab_size": 96}), ("medusa", {"hidden_size": 64})):
-        where, _ = head(method, **change)
-        with pytest.raises(CheckpointError, match="another model"):
-            load(folder, speculation=asked(method, where))
+@pytest.mark.parametrize(
+    ("method", "change"), [("eagle3", {"vocab_size": 96}), ("medusa", {"hidden_size": 64}), ("medusa", {"vocab_size": 96})]
+)
+def test_heads_of_another_model_are_refused(method: str, change: dict[str, int], head: Any, load: Load, folder: Path) -> None:
+    where, _ = head(method, **change)
+    with pytest.raises(CheckpointError, match="another model"):
+        load(folder, speculation=asked(method, where))
+
+
+def test_heads_need_a_folder(load: Load, folder: Path) -> None:
     for method in ("eagle", "medusa", "draft_model"):
         with pytest.raises(ConfigError, match='needs "model"'):
             load(folder, speculation=SpeculationConfig(methods=[DraftConfig(method=method)]))
