@@ -114,7 +114,6 @@ def test_cancel(page: Page, server: Server, transport: str) -> None:
 def test_who_leaves_the_page_leaves_nothing_running(page: Page, server: Server, transport: str) -> None:
     page.set(transport=transport, format="json_schema", schema=json.dumps(LONG), max_tokens=3000)
     page.type("Numbers, please.")
-    page.wait("document.querySelector('.turn.assistant.streaming')", "nothing came")
     page.click("pause")
     page.wait("document.querySelector('.turn.assistant.paused')", "no pause")
     page.browser.get("about:blank")
