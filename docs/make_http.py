@@ -4,6 +4,7 @@ What it is: `page()`, made from the routes, the request and reply structs, the e
 cannot be out of date; docs/generate.py writes it. The texts about streams and times stand here; tests hold that every field, code and endpoint has
 its line, and that what the lines say is so.
 What it does not know: how anything is answered.
+Long: every section of the one page stands here, in its order.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from penstock.core.contract.devices import RunnerConfig
 from penstock.plugins.devices.cpu import CpuDevice
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "devices_gpu"))  # for draft_kit.py: pytest's importlib mode does not
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draft_kit import truth_of
 from safetensors.torch import save_file
 
 from penstock.core.protocol.columns import i32
@@ -77,15 +78,6 @@ def jobs_of(max_tokens: int = 18) -> list[Job]:
         Job(prompt=prompt, params=params, max_tokens=max_tokens, choice=index % 3, stop_ids=(1, 2, 5))
         for index, (prompt, params) in enumerate(zip(prompts, PARAMS, strict=True))
     ]
-
-
-def truth_of(jobs: list[Job]) -> dict[bytes, int]:
-    found = {}
-    for job in jobs:
-        history = [*job.prompt.tolist(), *job.tokens]
-        for end in range(len(job.prompt), len(history)):
-            found[i32(history[:end]).tobytes()] = history[end]
-    return found
 
 
 def same(mine: list[Job], theirs: list[Job]) -> None:

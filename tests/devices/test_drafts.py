@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draft_kit import truth_of
 from safetensors.torch import save_file
 
 from penstock.core.protocol.columns import i32
@@ -80,15 +81,6 @@ def jobs_of(max_tokens: int = 24) -> list[Job]:
 
 def said(jobs: list[Job]) -> list[Any]:
     return [(job.tokens, job.logprobs, job.prompt_logprobs) for job in jobs]
-
-
-def truth_of(jobs: list[Job]) -> dict[bytes, int]:
-    found = {}
-    for job in jobs:
-        history = [*job.prompt.tolist(), *job.tokens]
-        for end in range(len(job.prompt), len(history)):
-            found[i32(history[:end]).tobytes()] = history[end]
-    return found
 
 
 WAYS: dict[str, Options] = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draft_kit import launching, truth_of
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.sampling import SamplingParams
@@ -92,10 +93,7 @@ def test_answers_are_those_without(
     truth = jobs()
     Driver(load()).run(truth)
     if method == "told":
-        known = {}
-        for job in truth:
-            history = [*job.prompt.tolist(), *job.tokens]
-            known |= {i32(history[:end]).tobytes(): history[end] for end in range(len(job.prompt), len(history))}
+        known = truth_of(truth)
         monkeypatch.setattr(cuda, "load_drafters", lambda *_, **__: ([Told(known)], NODES))
         monkeypatch.setattr(cuda, "most_drafts", lambda config: NODES)
         runner = load()
@@ -116,21 +114,6 @@ def test_answers_are_those_without(
         if method == "told":
             assert driver.accepted > driver.drafted / 8
     if method != "told":
-        launching(runner)
+        with launching(runner):  # everything is compiled by now
+            Driver(runner, Options(lookahead=lambda rng: NODES, seed=4)).run(jobs(12))
     assert runner._lane.waits == 0
-
-
-def launching(runner: Any) -> None:
-    """Everything is compiled by now: while a step is launched every synchronising call raises; results are waited for in peace."""
-    for name in ("forward", "sample"):
-        body = getattr(runner, name)
-
-        def strictly(work: Any, body: Any = body) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return body(work)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        setattr(runner, name, strictly)
-    Driver(runner, Options(lookahead=lambda rng: NODES, seed=4)).run(jobs(12))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from draft_kit import heard
 
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
@@ -34,22 +35,9 @@ def jobs(outputs: int = 16) -> list[Job]:
 
 def drafts_of(runner: Any, options: Options) -> dict[tuple[int, ...], list[int]]:
     """History -> what was drafted behind it; and the answers are those of a run without."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    sample = runner.sample
-
-    def listening(work: Any) -> Any:
-        done = sample(work)()
-        for row, (slot, position) in enumerate(zip(work.slots.tolist(), work.positions.tolist(), strict=True)):
-            count = int(done.counts[row]) if len(done.counts) else 1
-            if work.drafts:
-                drafts = done.drafts[row * work.drafts : (row + 1) * work.drafts].tolist()
-                found[tuple(runner.history[slot, : position + count].tolist())] = drafts
-        return lambda: done
-
-    runner.sample = listening
     mine = jobs()
-    Driver(runner, options).run(mine)
-    runner.sample = sample
+    with heard(runner) as found:
+        Driver(runner, options).run(mine)
     found[()] = [token for job in mine for token in job.tokens]
     return found
 

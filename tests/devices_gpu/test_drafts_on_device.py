@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draft_kit import launching
 from vocabularies import renumbered, spelled_out
 
 from penstock.core.protocol.sampling import SamplingParams
@@ -90,39 +91,18 @@ def test_no_bit_changes_and_nothing_waits(
         if not waited:  # everything is compiled by now
             waited = True
             torch.cuda.synchronize()
-            launching(runner, True)
-            Driver(runner, options).run(jobs(12))
-            launching(runner, False)
+            with launching(runner):
+                Driver(runner, options).run(jobs(12))
     assert runner._lane.waits == 0
     for widths in ((K,), (K, K, 0, 1, K, 0, 0, 2, K)):  # two steps in flight: the second begins wherever the first will have left its rows
         mine = jobs()
         ahead = AheadDriver(runner, widths)
-        launching(runner, True)
-        ahead.run(mine)
-        launching(runner, False)
+        with launching(runner):
+            ahead.run(mine)
         assert [(job.tokens, job.logprobs, job.prompt_logprobs) for job in mine] == [
             (job.tokens, job.logprobs, job.prompt_logprobs) for job in truth
         ]
         assert ahead.loose > 40
-
-
-def launching(runner: Any, strict: bool) -> None:
-    """While a step is launched every synchronising call raises; results are waited for in peace."""
-    for name in ("forward", "sample"):
-        if not strict:
-            delattr(runner, name)
-            continue
-
-        call = getattr(runner, name)
-
-        def guarded(work: Any, call: Any = call) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return call(work)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        setattr(runner, name, guarded)
 
 
 @pytest.mark.skipif(not (DEMO / "brook" / "model.safetensors").is_file(), reason="the demo model is not here")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from draft_kit import heard
 
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
@@ -101,20 +102,8 @@ def test_with_two_steps_in_flight(
 
 def drafts_of(runner: Any) -> dict[tuple[int, ...], list[int]]:
     """History -> what was drafted behind it, of a few sequences."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    sample = runner.sample
-
-    def listening(work: Any) -> Any:
-        done = sample(work)()
-        for row, (slot, position) in enumerate(zip(work.slots.tolist(), work.positions.tolist(), strict=True)):
-            count = int(done.counts[row]) if len(done.counts) else 1
-            if work.drafts:
-                drafts = done.drafts[row * work.drafts : (row + 1) * work.drafts].tolist()
-                found[tuple(runner.history[slot, : position + count].tolist())] = drafts
-        return lambda: done
-
-    runner.sample = listening
-    Driver(runner, Options(lookahead=lambda rng: K, chunk=lambda rng: rng.randint(3, 20), seed=2)).run(jobs()[:3])
+    with heard(runner) as found:
+        Driver(runner, Options(lookahead=lambda rng: K, chunk=lambda rng: rng.randint(3, 20), seed=2)).run(jobs()[:3])
     return found
 
 
