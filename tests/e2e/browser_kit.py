@@ -122,6 +122,18 @@ class Page:
         """Of the last answer, so far."""
         return str(self.js("return [...document.querySelectorAll('.turn.assistant:last-child .text')].map(e => e.textContent).join('|')"))
 
+    def settled(self, seconds: float = 0.5) -> str:
+        """Of the last answer, once nothing more of it has been drawn for `seconds`: what was on its way when somebody paused has come by then."""
+        seen, since = self.said(), time.monotonic()
+        deadline = since + 15
+        while time.monotonic() - since < seconds:
+            time.sleep(0.02)
+            now = self.said()
+            if now != seen:
+                seen, since = now, time.monotonic()
+            assert since < deadline, f"it goes on: {seen[-60:]!r}"
+        return seen
+
     def texts(self, selector: str) -> list[str]:
         return list(self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector))
 
