@@ -173,32 +173,50 @@ EXPORT void ps_suffix_copy(const automaton *a, int64_t first, int32_t *to) {
     memcpy(to, a->tokens + first, (size_t)(a->token_count - first) * sizeof *to);
 }
 
-/* The columns own, past, states and matched are by row; `count` rows go on with counts[i] tokens each. */
-EXPORT int64_t ps_suffix_follow(automaton **own, automaton **past, int32_t *states, int32_t *matched, const int64_t *rows, const int32_t *counts, const int32_t *tokens,
-                                int64_t count) {
+/* Rows: own, past, states and matched are columns of `room` rows; a call is about `count` of them. -2: one of them has not begun; -3: counts say another number of tokens than there are. */
+typedef struct {
+    automaton **own, **past;
+    int32_t *states, *matched;
+    int64_t room;
+} readers;
+
+static int begun(const readers *r, const int64_t *rows, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (rows[i] < 0 || rows[i] >= r->room || !r->own[rows[i]]) return 0;
+    return 1;
+}
+
+/* They go on with counts[i] of the `size` tokens each. */
+EXPORT int64_t ps_suffix_follow(const readers *r, const int64_t *rows, const int32_t *counts, const int32_t *tokens, int64_t count, int64_t size) {
+    if (!begun(r, rows, count)) return -2;
+    for (int64_t i = 0; i < count; i++) {
+        if (counts[i] < 0) return -3;
+        size -= counts[i];
+    }
+    if (size) return -3;
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = rows[i];
         for (int32_t k = 0; k < counts[i]; k++, tokens++) {
-            if (add(own[row], *tokens)) return -1;
-            if (past[row]) walk(past[row], states + row, matched + row, *tokens);
+            if (add(r->own[row], *tokens)) return -1;
+            if (r->past[row]) walk(r->past[row], r->states + row, r->matched + row, *tokens);
         }
     }
     return 0;
 }
 
 /* counts [count], found: so many of each, one behind the other; how many there are. */
-EXPORT int64_t ps_suffix_propose(automaton **own, automaton **past, const int32_t *states, const int32_t *matched, const int64_t *rows, const int32_t *most, int64_t count,
-                                 int64_t least, int64_t factor, int32_t *counts, int32_t *found) {
+EXPORT int64_t ps_suffix_propose(const readers *r, const int64_t *rows, const int32_t *most, int64_t count, int64_t least, int64_t factor, int32_t *counts, int32_t *found) {
+    if (!begun(r, rows, count)) return -2;
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = rows[i];
-        const automaton *source = own[row];
+        const automaton *source = r->own[row];
         int32_t at = source->states[source->last].link; /* the longest suffix that was there before */
         int64_t length = at > 0 ? source->states[at].length : 0;
-        if (past[row] && matched[row] > length) {
-            source = past[row];
-            at = states[row];
-            length = matched[row];
+        if (r->past[row] && r->matched[row] > length) {
+            source = r->past[row];
+            at = r->states[row];
+            length = r->matched[row];
         }
         counts[i] = 0;
         if (length < least || length == 0) continue;

@@ -18,7 +18,7 @@ import numpy as np
 
 from penstock.kernels.native.build import BuildError, build
 from penstock.kernels.suffixes import reference
-from penstock.kernels.suffixes.reference import I32, I64
+from penstock.kernels.suffixes.reference import COUNTS, I32, I64
 
 log = logging.getLogger("penstock.kernels")
 
@@ -30,8 +30,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_suffix_count": (_I, [_P]),
     "ps_suffix_bytes": (_I, [_P]),
     "ps_suffix_copy": (None, [_P, _I, _P]),
-    "ps_suffix_follow": (_I, [_P, _P, _P, _P, _P, _P, _P, _I]),
-    "ps_suffix_propose": (_I, [_P, _P, _P, _P, _P, _P, _I, _I, _I, _P, _P]),
+    "ps_suffix_follow": (_I, [_P, _P, _P, _P, _I, _I]),
+    "ps_suffix_propose": (_I, [_P, _P, _P, _I, _I, _I, _P, _P]),
 }
 
 
@@ -62,9 +62,14 @@ class Suffixes(NamedTuple):
     """Tokens that are learned in about half a millisecond."""
 
 
-def _checked(code: int) -> None:
+def _checked(code: int) -> int:
+    if code == -2:
+        raise KeyError("a row that has not begun")
+    if code == -3:
+        raise ValueError(COUNTS)
     if code < 0:
         raise MemoryError("no memory for a suffix automaton")
+    return code
 
 
 class NativeAutomaton:
@@ -116,62 +121,83 @@ class NativeAutomaton:
         self.shrink()
 
 
+class _Columns(ctypes.Structure):
+    """`readers` of suffixes.c."""
+
+    _fields_ = (("own", c_void_p), ("past", c_void_p), ("states", c_void_p), ("matched", c_void_p), ("room", c_int64))
+
+
+class _Buffer:
+    """Memory whose address is known: asking an array for its own costs as much as a call."""
+
+    __slots__ = ("address", "array")
+
+    def __init__(self, dtype: Any) -> None:
+        self.array: Any = np.zeros(0, dtype)
+        self.room(64)
+
+    def room(self, size: int) -> None:
+        """For so many, what is there kept."""
+        if size > self.array.size:
+            grown = np.zeros(2 * size, self.array.dtype)
+            grown[: self.array.size] = self.array
+            self.array, self.address = grown, grown.ctypes.data
+
+    def put(self, column: Any) -> int:
+        """The address of a copy of it."""
+        size = column.size
+        if size > self.array.size:
+            self.room(size)
+        self.array[:size] = column
+        return self.address
+
+
 class NativeReaders:
     """See reference.Readers. The automata of a row are kept until it ends."""
 
     def __init__(self) -> None:
         self._lib = _library()
         self._kept: dict[int, tuple[NativeAutomaton, NativeAutomaton | None]] = {}
-        self._own, self._past = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-        self._states, self._matched = np.zeros(0, np.int32), np.zeros(0, np.int32)
-        self._columns: tuple[int, ...] = ()
+        self._by_row = tuple(_Buffer(dtype) for dtype in (np.uint64, np.uint64, np.int32, np.int32))
+        self._columns = _Columns()
+        self._rows, self._counts, self._tokens, self._found = (_Buffer(dtype) for dtype in (np.int64, np.int32, np.int32, np.int32))
+        self._lay(1)
+
+    def _lay(self, rows: int) -> None:
+        for column in self._by_row:
+            column.room(rows)
+        self._columns = _Columns(*(column.address for column in self._by_row), self._by_row[0].array.size)
+        self._this = ctypes.addressof(self._columns)
 
     def begin(self, row: int, own: NativeAutomaton, past: NativeAutomaton | None) -> None:
         """See reference."""
-        if row >= self._own.size:
-            more = 2 * row + 16 - self._own.size
-            self._own, self._past, self._states, self._matched = (
-                np.concatenate([column, np.zeros(more, column.dtype)]) for column in (self._own, self._past, self._states, self._matched)
-            )
-            self._columns = tuple(column.ctypes.data for column in (self._own, self._past, self._states, self._matched))
-        self._kept[row] = own, past
+        if row >= self._columns.room:
+            self._lay(row + 1)
         assert own.address
-        self._own[row], self._past[row] = own.address, 0 if past is None else past.address or 0
-        self._states[row] = self._matched[row] = 0
+        self._kept[row] = own, past
+        for column, value in zip(self._by_row, (own.address, 0 if past is None else past.address or 0, 0, 0), strict=True):
+            column.array[row] = value
 
     def end(self, row: int) -> None:
         """See reference."""
         del self._kept[row]
-        self._own[row] = self._past[row] = 0
+        self._by_row[0].array[row] = self._by_row[1].array[row] = 0
 
     def follow(self, rows: I64, counts: I32, tokens: I32) -> None:
         """See reference."""
-        if rows.size:
-            assert self._lib is not None
-            given = _flat(rows, np.int64), _flat(counts, np.int32), _flat(tokens, np.int32)
-            self._check(given[0])
-            _checked(self._lib.ps_suffix_follow(*self._columns, *(column.ctypes.data for column in given), rows.size))
+        assert self._lib is not None
+        given = self._rows.put(rows), self._counts.put(counts), self._tokens.put(tokens)
+        _checked(self._lib.ps_suffix_follow(self._this, *given, rows.size, tokens.size))
 
     def propose(self, rows: I64, most: I32, least: int, factor: int) -> tuple[I32, I32]:
         """See reference."""
-        counts, found = np.empty(rows.size, np.int32), np.empty(int(most.sum()), np.int32)
-        if not rows.size:
-            return counts, found
         assert self._lib is not None
-        given = _flat(rows, np.int64), _flat(most, np.int32)
-        self._check(given[0])
-        total = self._lib.ps_suffix_propose(
-            *self._columns, *(column.ctypes.data for column in given), rows.size, least, factor, counts.ctypes.data, found.ctypes.data
-        )
-        return counts, found[:total]
-
-    def _check(self, rows: I64) -> None:
-        if not self._own[rows].all():
-            raise KeyError("a row that has not begun")
-
-
-def _flat(column: Any, dtype: Any) -> Any:
-    return np.ascontiguousarray(column, dtype)
+        count = rows.size
+        self._found.room(int(np.add.reduce(most)))
+        self._tokens.room(count)
+        given = self._rows.put(rows), self._counts.put(most)
+        total = _checked(self._lib.ps_suffix_propose(self._this, *given, count, least, factor, self._tokens.address, self._found.address))
+        return self._tokens.array[:count].copy(), self._found.array[:total].copy()
 
 
 @functools.cache

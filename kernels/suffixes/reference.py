@@ -14,6 +14,7 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 BREAK = -1
 """Between two texts: no token."""
+COUNTS = "counts say another number of tokens than there are"
 
 
 class Automaton:
@@ -118,6 +119,8 @@ class Readers:
 
     def follow(self, rows: I64, counts: I32, tokens: I32) -> None:
         """Rows go on with so many tokens each, one behind the other."""
+        if (counts < 0).any() or tokens.size != counts.sum():
+            raise ValueError(COUNTS)
         said, begin = tokens.tolist(), 0
         for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
             (own, past), at = self._rows[row], self._at[row]

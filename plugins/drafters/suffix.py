@@ -81,6 +81,8 @@ class Suffix:
         self._sequences: dict[int, _Sequence] = {}
         self._free: list[int] = []
         """Rows of the readers that nobody has, below as many as there ever were."""
+        self._asked: tuple[bytes, I64] = b"", i64([])
+        """The last sequences that were asked about, and their rows."""
         self._answers: OrderedDict[str, _Past] = OrderedDict()
         self._behind: OrderedDict[int, _Sequence] = OrderedDict()
         """Sequences with tokens that wait, the first come first."""
@@ -112,18 +114,16 @@ class Suffix:
 
     def extend_many(self, seqs: I64, counts: I32, tokens: I32) -> None:
         """What a step brings at once; more than that, and what comes behind it, waits for its turn."""
-        ones = [self._sequences[seq] for seq in seqs.tolist()]
-        late = counts > AT_ONCE
-        if self._behind:
-            late |= np.array([one.waiting.size > 0 for one in ones], bool)
-        rows = i64([one.row for one in ones])
-        if late.any():
-            ends = np.cumsum(counts)
+        rows = self._rows_of(seqs)
+        if self._behind or (tokens.size > AT_ONCE and int(counts.max()) > AT_ONCE):
+            late = counts > AT_ONCE
+            late |= [self._sequences[seq].waiting.size > 0 for seq in seqs.tolist()]
+            ends = counts.cumsum()
             for at in np.flatnonzero(late).tolist():
-                one = ones[at]
+                one = self._sequences[int(seqs[at])]
                 one.waiting = np.concatenate([one.waiting, tokens[ends[at] - counts[at] : ends[at]]])
                 self._behind[int(seqs[at])] = one
-            tokens, rows, counts = tokens[np.repeat(~late, counts)], rows[~late], counts[~late]
+            tokens, rows, counts = tokens[(~late).repeat(counts)], rows[~late], counts[~late]
         self._readers.follow(rows, counts, tokens)
 
     def propose(self, seq: int, most: int) -> I32:
@@ -131,15 +131,22 @@ class Suffix:
 
     def propose_many(self, seqs: I64, most: I32) -> tuple[I32, I32]:
         """None for those of which not all is learned yet."""
-        ones = [self._sequences[seq] for seq in seqs.tolist()]
         if self._behind:
-            most = np.where([one.waiting.size > 0 for one in ones], np.int32(0), most)
-        found: tuple[I32, I32] = self._readers.propose(i64([one.row for one in ones]), most, self._least, FACTOR)
+            most = np.where([self._sequences[seq].waiting.size > 0 for seq in seqs.tolist()], np.int32(0), most)
+        found: tuple[I32, I32] = self._readers.propose(self._rows_of(seqs), most, self._least, FACTOR)
         return found
+
+    def _rows_of(self, seqs: I64) -> I64:
+        """They are mostly those of the call before."""
+        key = seqs.tobytes()
+        if key != self._asked[0]:
+            self._asked = key, i64([self._sequences[seq].row for seq in seqs.tolist()])
+        return self._asked[1]
 
     def end(self, seq: int) -> None:
         one = self._sequences.pop(seq)
         self._behind.pop(seq, None)
+        self._asked = b"", i64([])
         said = one.said()[-self._past :] if self._past else EMPTY_I32
         self._readers.end(one.row)
         self._free.append(one.row)

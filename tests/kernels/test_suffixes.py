@@ -138,6 +138,9 @@ def test_a_row_that_ended_may_begin_anew(by: Suffixes) -> None:
         said_by(readers, 1)
     readers.begin(0, by.automaton(), None)
     assert said_by(readers, 1) == []
+    for counts in ([2], [0], [-1]):
+        with pytest.raises(ValueError, match="counts say another number"):
+            readers.follow(np.zeros(1, np.int64), column(counts), column([1]))
     nobody = np.zeros(0, np.int64)
     readers.follow(nobody, column([]), column([]))
     assert readers.propose(nobody, column([]), 1, 2)[0].size == 0

@@ -45,8 +45,10 @@ class Hosted:
         if not wanted.size:
             return
         index = rows.index[wanted]
-        bits = u8([self._bits(before) for before in range(self._drafters + 1)])
-        asked = bits[np.where(there[wanted], slots.drafter[index], self._drafters)]
+        asked = np.full(index.size, self._bits(self._drafters), np.uint8)
+        if there.any():
+            bits = u8([self._bits(before) for before in range(self._drafters + 1)])
+            asked = bits[np.where(there[wanted], slots.drafter[index], self._drafters)]
         reply: Drafted = yield Ask(self._question(index, most[wanted], asked), Drafted)
         self._lose(reply)
         ends = np.cumsum(reply.counts)
@@ -71,8 +73,11 @@ class Hosted:
         news = np.flatnonzero(known > shown)
         begun = [holder for slot in index[news[shown[news] == 0]].tolist() if (holder := slots.holder[slot]) is not None]
         counts = known[news] - shown[news]
-        within = np.arange(int(counts.sum())) - np.repeat(counts.cumsum() - counts, counts)
-        tokens = slots.history[np.repeat(index[news], counts), np.repeat(shown[news], counts) + within]
+        if news.size == 1:
+            tokens = slots.history[index[news[0]], shown[news[0]] : known[news[0]]].copy()
+        else:
+            within = np.arange(int(counts.sum())) - (counts.cumsum() - counts).repeat(counts)
+            tokens = slots.history[index[news].repeat(counts), shown[news].repeat(counts) + within]
         slots.shown[index] = known
         ended, self.ended = self.ended, []
         return Draft(
