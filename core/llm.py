@@ -171,7 +171,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or a list of them; results in the prompts' order. `use_tqdm` shows a progress bar.
 
-        A prompt is a text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+        A prompt is a text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; these may have a `"cache_salt"`: cached prefixes, and what drafters remember
+        of answers, are shared with prompts of the same salt alone.
         Raises InvalidRequest for the first prompt that cannot be served (the others are cancelled), EngineFailure when the engine dies.
         """
         if (prompts is None) == (prompt_token_ids is None):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from penstock.core.contract.drafters import HostDrafter
-from penstock.core.protocol.columns import EMPTY_I32, I32, i32
+from penstock.core.protocol.columns import EMPTY_I32, I32, I64, U8
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.errors import described, tamed
 from penstock.core.protocol.hashing import HASH_BYTES
@@ -46,58 +46,94 @@ class HostDrafters:
         assert isinstance(message, Draft)
         for number in range(len(self._drafters)):
             self._tell(number, message)
-        counts, found, whose = [], [], []
-        for seq, most, bits in zip(message.seqs.tolist(), message.most.tolist(), message.drafters.tolist(), strict=True):
-            tokens, number = self._first(seq, most, bits)
-            counts.append(tokens.size)
-            whose.append(number)
-            found.append(tokens)
+        found = self._alone(message) if len(self._drafters) == 1 else self._in_turn(message)
         broken, self._broken = self._broken, {}
-        yield Drafted(
-            step=message.step,
-            counts=i32(counts),
-            tokens=np.concatenate(found) if found else EMPTY_I32,
-            drafters=np.array(whose, np.uint8),
-            broken=broken,
-        )
+        yield Drafted(step=message.step, counts=found[0], tokens=found[1], drafters=found[2], broken=broken)
+
+    def _alone(self, message: Draft) -> tuple[I32, I32, U8]:
+        """Counts, tokens and numbers of drafters, where there is one."""
+        entry, nobody = self._drafters[0], np.zeros(message.seqs.size, np.uint8)
+        if entry is None or not message.seqs.size:
+            return np.zeros(message.seqs.size, np.int32), EMPTY_I32, nobody
+        return *self._asked(0, entry.drafter, message.seqs, message.most), nobody
+
+    def _in_turn(self, message: Draft) -> tuple[I32, I32, U8]:
+        """The same of several: each is asked about those of which the ones before it have none."""
+        counts, whose = np.zeros(message.seqs.size, np.int32), np.zeros(message.seqs.size, np.uint8)
+        places: list[I64] = []
+        parts = [EMPTY_I32]
+        for number, entry in enumerate(self._drafters):
+            rows = np.flatnonzero((message.drafters >> number & 1) & (counts == 0))
+            if entry is not None and rows.size:
+                mine, tokens = self._asked(number, entry.drafter, message.seqs[rows], message.most[rows])
+                counts[rows], whose[rows[mine > 0]] = mine, number
+                places.append(rows.repeat(mine))
+                parts.append(tokens)
+        tokens = np.concatenate(parts)
+        return counts, tokens[np.concatenate(places).argsort(kind="stable")] if len(places) > 1 else tokens, whose
 
     def _tell(self, number: int, message: Draft) -> None:
         entry = self._drafters[number]
         if entry is None:
             return
+        drafter = entry.drafter
         try:
             for seq in message.ended.tolist():
-                entry.drafter.end(seq)
-            begun = set(message.begun.tolist())
-            roots = iter(range(0, len(message.roots), HASH_BYTES))
-            ends = np.cumsum(message.counts)
-            for seq, end, count in zip(message.news.tolist(), ends.tolist(), message.counts.tolist(), strict=True):
-                tokens = message.tokens[end - count : end]
-                if seq in begun:
-                    at = next(roots)
-                    entry.drafter.begin(seq, tokens, message.roots[at : at + HASH_BYTES].hex())
-                else:
-                    entry.drafter.extend(seq, tokens)
-            work = getattr(entry.drafter, "work", None)
+                drafter.end(seq)
+            news, counts, tokens = message.news, message.counts, message.tokens
+            if message.begun.size:
+                news, counts, tokens = self._begin(drafter, message)
+            many = getattr(drafter, "extend_many", None)
+            if many is not None and news.size:
+                many(news, counts, tokens)
+            elif news.size:
+                for seq, end, count in zip(news.tolist(), counts.cumsum().tolist(), counts.tolist(), strict=True):
+                    drafter.extend(seq, tokens[end - count : end])
+            work = getattr(drafter, "work", None)
             if work is not None:
                 work()
         except BaseException as raised:
             self._drop(number, f"it failed with {described(tamed(raised))}")
 
-    def _first(self, seq: int, most: int, bits: int) -> tuple[I32, int]:
-        """The drafts of the first of these drafters that has any, and its number."""
-        for number, entry in enumerate(self._drafters):
-            if entry is None or not bits >> number & 1:
-                continue
-            try:
-                tokens = np.asarray(entry.drafter.propose(seq, most))
-                if tokens.size:
-                    if tokens.dtype.kind not in "iu" or tokens.ndim != 1 or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab:
-                        raise ValueError(f"propose() gave what are no token ids below {self._vocab}")
-                    return tokens[:most].astype(np.int32), number
-            except BaseException as raised:
-                self._drop(number, f"it failed with {described(tamed(raised))}")
-        return EMPTY_I32, 0
+    def _begin(self, drafter: HostDrafter, message: Draft) -> tuple[I64, I32, I32]:
+        """Those that are new; the others, how many tokens each has, and these."""
+        begun = np.isin(message.news, message.begun)
+        ends = message.counts.cumsum()
+        for index, at in enumerate(np.flatnonzero(begun).tolist()):
+            root = message.roots[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+            drafter.begin(int(message.news[at]), message.tokens[ends[at] - message.counts[at] : ends[at]], root.hex())
+        others = ~begun
+        return message.news[others], message.counts[others], message.tokens[others.repeat(message.counts)]
+
+    def _asked(self, number: int, drafter: HostDrafter, seqs: I64, most: I32) -> tuple[I32, I32]:
+        """Of each sequence so many drafts, and these one behind the other; none from where it fails on."""
+        counts, found = np.zeros(seqs.size, np.int32), [EMPTY_I32]
+        try:
+            many = getattr(drafter, "propose_many", None)
+            if many is not None:
+                given, tokens = many(seqs, most)
+                if given.shape != seqs.shape or given.dtype.kind not in "iu":
+                    raise ValueError("propose_many() gave what are no numbers of drafts")
+                if tokens.size or given.any():
+                    if (given < 0).any() or (given > most).any() or tokens.size != given.sum():
+                        raise ValueError("propose_many() gave other numbers of drafts than drafts")
+                    found.append(self._tokens(tokens))
+                counts = given.astype(np.int32, copy=False)
+            else:
+                for at, (seq, wanted) in enumerate(zip(seqs.tolist(), most.tolist(), strict=True)):
+                    found.append(self._tokens(np.asarray(drafter.propose(seq, wanted)))[:wanted])
+                    counts[at] = found[-1].size
+        except BaseException as raised:
+            self._drop(number, f"it failed with {described(tamed(raised))}")
+        return counts, np.concatenate(found) if len(found) > 1 else EMPTY_I32
+
+    def _tokens(self, given: Any) -> I32:
+        if not given.size:
+            return EMPTY_I32
+        if given.dtype.kind not in "iu" or given.ndim != 1 or int(given.min()) < 0 or int(given.max()) >= self._vocab:
+            raise ValueError(f"it gave what are no token ids below {self._vocab}")
+        found: I32 = given.astype(np.int32, copy=False)
+        return found
 
     def _drop(self, number: int, why: str) -> None:
         entry = self._drafters[number]

@@ -16,8 +16,11 @@ from penstock.core.protocol.errors import ConfigError
 
 
 class HostDrafter(Protocol):
-    """Called on the engine's own thread between steps: it must be quick. One that may have more to do than a step should wait for has a method `work()` besides,
-    called once before the questions of each step (behind `begin`, `extend` and `end`): a bounded piece of it."""
+    """Called on the engine's own thread between steps: it must be quick. Methods that it may have besides:
+
+    - `work()`: one that may have more to do than a step should wait for does a bounded piece of it. Called once before the questions of each step (behind `begin`, `extend` and `end`).
+    - `extend_many(seqs: I64, counts: I32, tokens: I32)` instead of `extend`, and `propose_many(seqs: I64, most: I32) -> (counts: I32, tokens: I32)` instead of `propose`: of all rows of a
+      step at once, the tokens of each behind those of the one before. A loop over 256 rows is time that the device may have to wait."""
 
     max_lookahead: int
     """The most drafts that it makes behind a token."""

@@ -547,11 +547,22 @@ def _parts(text: str) -> list[str]:
 
 
 def _object_text(text: str) -> str:
-    """Raises ValueError if `text` is no JSON object."""
+    """Raises ValueError if `text` is no JSON object, or names a key twice: of two values one would count without a word."""
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.append(next(key for at, key in enumerate(keys) if key in keys[:at]))
+        return found
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from None
+    if twice:
+        raise ValueError(f"it has the key '{spelled(twice[0]):.80}' twice; leave one of them out")
     if not isinstance(value, dict):
         raise ValueError("it must be a JSON object")
     try:

@@ -506,7 +506,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
-    """Of drafts, cumulative but for `width`, `chosen`, `states` (of each drafter: 2 good, 1 keep, 0 off) and `reasons`."""
+    """Of drafts, cumulative but for `width`, `chosen`, `states` (of each drafter: 2 good, 1 keep, 0 off, -1 idle) and `reasons`."""
 
     drafts: int = 0
     """Rows of steps that computed drafts along."""

@@ -16,6 +16,9 @@ from penstock.core.protocol.errors import CheckpointError, spelled
 
 log = logging.getLogger("penstock.models")
 
+GGUF = ".gguf"
+"""How the name of a model that is one file ends."""
+
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """For a file, or a folder on the way to it."""

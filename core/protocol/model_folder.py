@@ -15,12 +15,11 @@ import msgspec
 
 from penstock.core.protocol.config import LINK_IT, Config
 from penstock.core.protocol.errors import ConfigError, spelled
+from penstock.core.protocol.model_files import GGUF
 from penstock.core.protocol.speculation import encoded, parsed, resolved
 
 DEMO_FOLDER = "demo_model/brook"
 DEMO_NAME = "brook"
-GGUF = ".gguf"
-"""How the name of a file ends that is a whole model."""
 
 
 def demo_folder() -> Path:

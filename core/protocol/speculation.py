@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.protocol.errors import ConfigError, spelled
-from penstock.core.protocol.model_files import read_object
+from penstock.core.protocol.model_files import GGUF, read_object
 from penstock.core.protocol.wording import type_words
 
 log = logging.getLogger("penstock.config")
@@ -272,8 +272,25 @@ def _resolved(one: DraftConfig, shipped: Path) -> DraftConfig:
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{MODEL} {spelled(one.model)}: the folder holds no config.json.", param="speculative_model")
+    if folder.is_file():
+        _look_at(folder, one)
     method = one.method or (method_of(read_object(folder / "config.json")) if folder.is_dir() else "draft_model")
     return msgspec.structs.replace(one, model=str(folder), method=method)
+
+
+def _look_at(file: Path, one: DraftConfig) -> None:
+    """A model that is a file: GGUF of a draft model. What a plugin's method reads nobody here knows."""
+    heads = {method for _, method in MARKS}
+    if one.method in heads:
+        raise ConfigError(
+            f"{MODEL} {spelled(one.model or '')} ('model' in {CONFIG}): a file, but the method {one.method!r} reads a folder with config.json and weights. Give its path.",
+            param="speculative_model",
+        )
+    if one.method in (None, "draft_model") and file.suffix != GGUF:
+        raise ConfigError(
+            f"{MODEL} {spelled(one.model or '')} ('model' in {CONFIG}): a file, and none whose name ends in {GGUF}. Give the path of a drafter's folder or of a GGUF file.",
+            param="speculative_model",
+        )
 
 
 def method_of(config: Mapping[str, Any]) -> str:

@@ -114,7 +114,7 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "quality_top1_ratio": (("engine",), "By the record: how often the likeliest token is the wide model's."),
     "spec_decode_state": (
         ("engine", "method"),
-        "Of a drafter: 2 good (more than 70 % of its drafts are right), 1 keep, 0 off (less than 40 %).",
+        "Of a drafter: 2 good (more than 70 % of its drafts are right), 1 keep, 0 off (less than 40 %), -1 idle (no draft of it was looked at yet, or since it is on trial).",
     ),
     "spec_decode_width": (("engine",), "The most drafts behind a token in the last step, as it was computed."),
     "spec_decode_chosen_width": (("engine",), "Drafts behind each token that were found to pay, for the step that was planned last."),

@@ -1,6 +1,6 @@
-"""Compile the C sources beside this file into a shared library, once per machine and version.
+"""Compile the C sources beside this file into shared libraries, once per machine and version.
 
-What it is: `build()`: the path of the library in the user's cache ($PENSTOCK_CACHE, else $XDG_CACHE_HOME/penstock or ~/.cache/penstock),
+What it is: `build()`: the path of a library (the kernels, or another NAME.c) in the user's cache ($PENSTOCK_CACHE, else $XDG_CACHE_HOME/penstock or ~/.cache/penstock),
 keyed by the sources, the compiler's version, the CPU's flags and the variant: all that this CPU has, or one of VARIANTS. The file appears by an atomic rename, so that processes that start
 together may all build it. No OpenMP: the library brings its own helpers (team.h says why), and torch's runtime stays the only one.
 What it does not know: the library's functions.
@@ -25,6 +25,7 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 VARIANTS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": (*_AVX512, "avx512_bf16")}
 """Instruction sets of x86-64 that can be asked for, and the CPU's flags that they need, as Linux names them."""
 TIMEOUT_S = 120
+KERNELS = "kernels"
 
 
 class BuildError(RuntimeError):
@@ -88,8 +89,9 @@ def _run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def _compile(compiler: str, version: str, variant: str | None) -> Path:
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+def _compile(compiler: str, version: str, variant: str | None, name: str) -> Path:
+    """The headers are the kernels'; other sources stand alone."""
+    sources = sorted(path for path in SOURCES.iterdir() if path.name == f"{name}.c" or (name == KERNELS and path.suffix == ".h"))
     key = hashlib.sha256()
     tunings = _tunings(variant)
     for part in (version, cpu_flags(), " ".join(FLAGS), repr(tunings)):
@@ -97,29 +99,29 @@ def _compile(compiler: str, version: str, variant: str | None) -> Path:
     for path in sources:
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     directory = cache_directory()
-    library = directory / f"kernels-{key.hexdigest()[:24]}.so"
+    library = directory / f"{name}-{key.hexdigest()[:24]}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         work = Path(scratch)
         for tuning in tunings:
             try:
-                _run([compiler, *FLAGS, *tuning, "-c", str(SOURCES / "kernels.c"), "-o", "kernels.o"], work)
+                _run([compiler, *FLAGS, *tuning, "-c", str(SOURCES / f"{name}.c"), "-o", "library.o"], work)
                 break
             except BuildError:
                 if tuning == tunings[-1]:
                     raise
-        _run([compiler, "-shared", "-o", "kernels.so", "kernels.o", "-pthread", "-lm"], work)
-        os.replace(work / "kernels.so", library)
+        _run([compiler, "-shared", "-o", "library.so", "library.o", "-pthread", "-lm"], work)
+        os.replace(work / "library.so", library)
     return library
 
 
-def build(variant: str | None = None) -> Path:
-    """Path of the library for this machine, or of a variant of it, compiled if need be. Raises BuildError."""
+def build(variant: str | None = None, name: str = KERNELS) -> Path:
+    """Path of a library for this machine, or of a variant of it, compiled if need be. Raises BuildError."""
     failures: list[str] = []
     for compiler in compilers():
         try:
-            return _compile(compiler, _run([compiler, "--version"], SOURCES), variant)
+            return _compile(compiler, _run([compiler, "--version"], SOURCES), variant, name)
         except (BuildError, OSError) as error:
             failures.append(str(error))
     asked = os.environ.get("PENSTOCK_CC")

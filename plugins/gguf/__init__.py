@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from penstock.core.protocol.model_folder import GGUF
+from penstock.core.protocol.model_files import GGUF
 
 
 def is_gguf(path: str) -> bool:

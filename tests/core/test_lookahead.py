@@ -463,6 +463,68 @@ def test_what_is_no_token_id_is_no_draft(said: Any, make_sim: Make) -> None:
     assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
 
 
+class KnowsMany(Knows):
+    """The same of all rows at once; `said` instead, if given."""
+
+    said: Any = None
+
+    def extend(self, seq: int, tokens: Any) -> None:
+        raise AssertionError("one by one")
+
+    def extend_many(self, seqs: Any, counts: Any, tokens: Any) -> None:
+        assert tokens.size == counts.sum()
+        for seq, count in zip(seqs.tolist(), counts.tolist(), strict=True):
+            Knows.extend(self, seq, tokens[:count])
+
+    def propose_many(self, seqs: Any, most: Any) -> Any:
+        found = [Knows.propose(self, seq, wanted) for seq, wanted in zip(seqs.tolist(), most.tolist(), strict=True)]
+        return self.said or (i32([one.size for one in found]), np.concatenate(found))
+
+
+def test_a_drafter_may_be_asked_about_all_rows_at_once(make_sim: Make) -> None:
+    """With another one behind it, that is asked one by one of the rows that the first has none for."""
+
+    class Odd(KnowsMany):
+        def propose_many(self, seqs: Any, most: Any) -> Any:
+            return super().propose_many(seqs, np.where(seqs >> 7 & 1, most, 0))
+
+    odd, knows = Odd(), Knows()
+    sim = hosted(make_sim, odd, knows, drafters=("a", "b"), flags=(True, True), drafts=())
+    keys = [sim.admit([n, 2, 3], max_tokens=25) for n in range(4)]
+    steps = sim.run()
+    assert [len(sim.output(key)) for key in keys] == [25] * 4
+    assert steps <= 8, "five tokens a step"
+    assert [watch.rate for watch in sim.scheduler._board.drafting.watches] == [1.0, 1.0]
+    assert odd.asked > 0
+    assert knows.asked > 0
+    assert not odd._said
+    sim.check_idle()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (np.array([1]), np.array([1 << 40])),
+        (np.array([2]), np.array([1])),
+        (np.array([-1]), np.array([], int)),
+        (np.array([9]), np.arange(9)),
+        (np.array([1, 0]), np.array([1])),
+        (np.array([1.0]), np.array([1])),
+        "one",
+    ],
+    ids=repr,
+)
+def test_what_is_no_column_of_drafts_is_none(said: Any, make_sim: Make) -> None:
+    says = KnowsMany()
+    says.said = said
+    sim = hosted(make_sim, says, drafters=("mine",), flags=(True,), drafts=())
+    key = sim.admit([1, 2, 3], max_tokens=12)
+    sim.run()
+    assert len(sim.output(key)) == 12
+    assert says.asked == 1
+    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
+
+
 def test_a_drafter_may_work_in_pieces_between_steps(make_sim: Make) -> None:
     class Works(Knows):
         worked = 0

@@ -163,6 +163,42 @@ def test_who_wants_no_answers_remembered_is_told_how() -> None:
         build({"speculative_config": {"method": "suffix", "suffix_decoding_max_cached_requests": 0}})
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"method": "ngram", "method": "suffix"}', "method"),
+        ('{"method": "suffix", "options": {"tenants": 1, "past_tokens": 2, "tenants": 3}}', "tenants"),
+        ('{"methods": [{"method": "ngram"}, {"model": "a", "model": "a"}]}', "model"),
+    ],
+)
+def test_a_key_that_is_said_twice(text: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"speculative_config.*it has the key '{key}' twice; leave one of them out"):
+        build({"speculative_config": text})
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        (
+            "words.txt",
+            None,
+            r"--speculative-model \S*words.txt \('model' in --speculative-config\): a file, and none whose name ends in .gguf",
+        ),
+        ("words.txt", {"method": "draft_model"}, "a drafter's folder or of a GGUF file"),
+        ("words.txt", {"method": "eagle3"}, "the method 'eagle3' reads a folder with config.json and weights"),
+        ("small.gguf", {"method": "medusa"}, "the method 'medusa' reads a folder"),
+    ],
+)
+def test_a_file_as_a_drafters_model(name: str, config: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    model = str(tmp_path / name)
+    with pytest.raises(ConfigError, match=said):
+        asked(**({"speculative_config": config | {"model": model}} if config else {"speculative_model": model}))
+    assert asked(speculative_config={"method": "phrases", "model": model})[0].model == model, "a plugin's method may read what it likes"
+    (tmp_path / "draft.gguf").write_bytes(b"x")
+    assert asked(speculative_model=str(tmp_path / "draft.gguf"))[0].method == "draft_model"
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such folder.*come with it for the demo model: .*brook-draft"):
         asked(speculative_model="brook-drafts")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from penstock.core.actors.scheduler.widths import BURST, CLEARLY_LEAST, GOOD, KEEP, LEAST, OFF, REST_SPENT, Watch, Widths
+from penstock.core.actors.scheduler.widths import BURST, CLEARLY_LEAST, GOOD, IDLE, KEEP, LEAST, OFF, REST_SPENT, Watch, Widths
 from penstock.core.runtime.clock import FakeClock
 
 Rate = Callable[[int], float]
@@ -317,6 +317,9 @@ def test_a_trial_is_short() -> None:
 def test_a_drafter_that_is_mostly_wrong_is_turned_off_with_the_reason() -> None:
     clock = FakeClock()
     watch = Watch("ngram", clock)
+    assert watch.state == IDLE
+    assert not watch.saw(0, 0)
+    assert watch.state == IDLE, "of no draft nothing is known"
     assert not watch.saw(LEAST - 1, 50), "too few to say"
     assert watch.state == KEEP
     assert watch.saw(50, 0)
@@ -327,6 +330,8 @@ def test_a_drafter_that_is_mostly_wrong_is_turned_off_with_the_reason() -> None:
     assert not watch.due()
     clock.advance(2.1)
     assert watch.due()
+    assert watch.state == IDLE
+    assert not watch.saw(1, 1)
     assert watch.state == KEEP
     assert watch.saw(LEAST // 4, 10), "on trial it is judged sooner"
     clock.advance(2.1)
@@ -345,6 +350,17 @@ def test_one_that_is_hardly_ever_right_is_turned_off_sooner() -> None:
     other = Watch("ngram", FakeClock())
     assert not other.saw(CLEARLY_LEAST, 12)
     assert not other.saw(CLEARLY_LEAST, 12), "19 %: bad, but not clearly"
+
+
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [(3000, "30% of"), (3960, "39.6% of"), (3996, "39.96% of"), (39999, "39.999% of"), (399999999, "just under 40% of")],
+)
+def test_the_share_that_is_said_is_below_the_limit(right: int, said: str) -> None:
+    watch = Watch("ngram", FakeClock())
+    assert watch.saw(10 ** (4 if right < 10000 else 5 if right < 100000 else 9), right)
+    assert watch.reason.startswith(said)
+    assert "less than 40%;" in watch.reason
 
 
 @pytest.mark.parametrize(("rate", "state"), [(0.75, GOOD), (0.69, KEEP), (0.41, KEEP), (0.39, OFF)])

@@ -1,8 +1,9 @@
-"""The drafter "suffix" against a search that looks at everything."""
+"""The drafter "suffix" against a search that looks at everything, with automata in C and in Python."""
 
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -11,63 +12,119 @@ from hypothesis import strategies as st
 
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.speculation import DraftConfig
-from penstock.plugins.drafters.suffix import AT_ONCE, BREAK, WORK, Automaton, Suffix
+from penstock.kernels.suffixes import Suffixes, reference, suffixes
+from penstock.plugins.drafters.suffix import AT_ONCE, FACTOR, Suffix
 
 A, B = "a" * 32, "b" * 32
+PYTHON = Suffixes(reference.Automaton, reference.Readers, 256)
+BOTH = pytest.mark.parametrize("by", [PYTHON, suffixes()], ids=["python", "native"])
 
 
 def column(tokens: list[int]) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
-def longest(text: list[int], said: list[int]) -> tuple[int, int]:
-    """The longest suffix of `said` in `text`, and where it ends first; in `said` itself it must end earlier."""
+def longest(text: list[int], said: list[int], own: bool) -> tuple[int, list[int]]:
+    """The longest suffix of `said` in `text` and what follows the first place of it; in `own` text it must end earlier."""
     for length in range(len(said), 0, -1):
         wanted = said[len(said) - length :]
-        for end in range(length, len(text) + 1):
-            if text[end - length : end] == wanted and not (text is said and end == len(said)):
-                return length, end - 1
-    return 0, -1
+        for end in range(length, len(text) + (not own)):
+            if text[end - length : end] == wanted:
+                return length, text[end:]
+    return 0, []
 
 
-@given(st.lists(st.integers(0, 3), max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_the_longest_repeated_suffix_is_known_after_every_token(tokens: list[int]) -> None:
-    automaton, said = Automaton(), []
-    for token in tokens:
-        automaton.add(token)
-        said.append(token)
-        assert automaton.repeated() == longest(said, said)
+class Brute:
+    """The drafter as its documentation has it, for sequences one after the other."""
+
+    def __init__(self, past_tokens: int, least: int) -> None:
+        self.past_tokens, self.least = past_tokens, least
+        self.answers: dict[str, list[int]] = {}
+
+    def propose(self, said: list[int], tenant: str, most: int) -> list[int]:
+        mine, theirs = longest(said, said, True), longest(self.answers.get(tenant, []), said, False)
+        length, after = theirs if theirs[0] > mine[0] else mine
+        found = after[: min(most, FACTOR * length)] if length >= self.least else []
+        return found[: found.index(-1)] if -1 in found else found
+
+    def end(self, answer: list[int], tenant: str) -> None:
+        answer = answer[-self.past_tokens :]
+        if answer:
+            there = self.answers.get(tenant, [])
+            kept = there if len(there) + len(answer) <= self.past_tokens else []
+            self.answers[tenant] = [*kept, *answer, -1]
 
 
+def settle(drafter: Suffix) -> None:
+    while drafter._behind or drafter._later or drafter._old:
+        drafter.work()
+
+
+@BOTH
 @given(
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4),
-    st.lists(st.integers(0, 2), max_size=25),
-    st.data(),
+    requests=st.lists(
+        st.tuples(
+            st.sampled_from([A, B]),
+            st.lists(st.integers(0, 3), min_size=1, max_size=90),
+            st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=8),
+        ),
+        max_size=6,
+    ),
+    past_tokens=st.sampled_from([0, 12, 1000]),
+    least=st.integers(1, 4),
+    own_tokens=st.sampled_from([5, 4096]),
 )
-@settings(max_examples=150, deadline=None)
-def test_a_walk_never_claims_what_is_not_there_also_while_texts_are_added(
-    texts: list[list[int]], said: list[int], data: st.DataObject
+@settings(max_examples=120, deadline=None)
+def test_drafts_are_those_of_a_search_that_looks_at_everything(
+    by: Suffixes, requests: list[tuple[str, list[int], list[list[int]]]], past_tokens: int, least: int, own_tokens: int
 ) -> None:
-    automaton = Automaton()
-    before: list[int] = []
-    walked: list[int] = []
-    state = matched = 0
-    grown = False
-    for token in said:
-        if texts and data.draw(st.booleans()):
-            more = [*texts.pop(), BREAK]
-            before += more
-            grown = bool(walked)
-            for one in more:
-                automaton.add(one)
-        state, matched = automaton.walk(state, matched, token)
-        walked.append(token)
-        if matched:
-            end = automaton.first[state] + 1
-            assert before[end - matched : end] == walked[len(walked) - matched :]
-        if not grown:
-            assert (matched, automaton.first[state] if matched else -1) == longest(before, walked)
+    options = {"past_tokens": past_tokens, "own_tokens": own_tokens}
+    drafter = Suffix(DraftConfig(method="suffix", prompt_lookup_min=least, options=options), by)
+    brute = Brute(past_tokens, least)
+    for seq, (tenant, prompt, steps) in enumerate(requests):
+        drafter.begin(seq, column(prompt), tenant)
+        said, answer = prompt[-own_tokens:], list[int]()
+        for step in steps:
+            settle(drafter)
+            assert drafter.propose(seq, 8).tolist() == brute.propose(said, tenant, 8)
+            drafter.extend(seq, column(step))
+            said, answer = said + step, answer + step
+        drafter.end(seq)
+        settle(drafter)
+        if past_tokens:
+            brute.end(answer, tenant)
+
+
+@BOTH
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_many_rows_at_once_have_what_each_would_have_alone(by: Suffixes, data: st.DataObject) -> None:
+    """Sequences begin, go on and end at any time; those whose tokens wait have none."""
+    together, alone = (Suffix(DraftConfig(method="suffix", prompt_lookup_min=1), by) for _ in range(2))
+    tokens = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+    live: list[int] = []
+    for seq in range(data.draw(st.integers(1, 8))):
+        prompt = data.draw(tokens) * data.draw(st.sampled_from([1, 40]))
+        for drafter in (together, alone):
+            drafter.begin(seq, column(prompt), A if seq % 3 else B)
+        live.append(seq)
+        news = {one: data.draw(tokens) for one in live if data.draw(st.booleans())}
+        if news:
+            said = list(chain.from_iterable(news.values()))
+            together.extend_many(np.array(list(news)), column([len(mine) for mine in news.values()]), column(said))
+        for one, mine in news.items():
+            alone.extend(one, column(mine))
+        if data.draw(st.booleans()):
+            gone = live.pop(data.draw(st.integers(0, len(live) - 1)))
+            together.end(gone)
+            alone.end(gone)
+        if data.draw(st.booleans()):
+            together.work()
+            alone.work()
+        most = column([data.draw(st.integers(1, 8)) for _ in live])
+        counts, found = together.propose_many(np.array(live, np.int64), most)
+        each = [alone.propose(one, wanted).tolist() for one, wanted in zip(live, most.tolist(), strict=True)]
+        assert (counts.tolist(), found.tolist()) == ([len(one) for one in each], list(chain.from_iterable(each)))
 
 
 def test_it_proposes_what_came_after_in_the_request_itself() -> None:
@@ -101,11 +158,11 @@ def test_memory_is_bounded() -> None:
     for seq in range(40):
         drafter.begin(seq, column([rng.randrange(9) for _ in range(100)]), f"{seq % 7}")
         drafter.extend(seq, column([rng.randrange(9) for _ in range(20)]))
-        assert len(drafter._sequences[seq].own.tokens) == 30
+        assert drafter._sequences[seq].own.since(0).size == 30
         drafter.end(seq)
         drafter.work()
     assert len(drafter._answers) == 3
-    assert all(len(past.automaton.tokens) == past.planned <= 51 for past in drafter._answers.values())
+    assert all(len(past.automaton) == past.planned <= 51 for past in drafter._answers.values())
     assert not drafter._sequences
     assert not drafter._old
     nothing = Suffix(DraftConfig(method="suffix", options={"past_tokens": 0}))
@@ -115,31 +172,40 @@ def test_memory_is_bounded() -> None:
     assert not nothing._answers
 
 
-def test_no_step_waits_for_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted: tokens that automata take, and states that are given back, between two steps."""
-    added, freed = [0], [0]
-    add, shrink = Automaton.add, Automaton.shrink
+class Counted:
+    """What automata take, and give back, between two steps."""
 
-    def counting(self: Automaton, token: int) -> None:
-        added[0] += 1
-        add(self, token)
+    added = freed = 0
 
-    def forgetting(self: Automaton, states: int) -> int:
-        freed[0] += (gone := shrink(self, states))
-        return gone
+    @classmethod
+    def suffixes(cls) -> Suffixes:
+        cls.added = cls.freed = 0
 
-    monkeypatch.setattr(Automaton, "add", counting)
-    monkeypatch.setattr(Automaton, "shrink", forgetting)
-    drafter, rng = Suffix(DraftConfig(method="suffix", options={"past_tokens": 6000})), random.Random(2)
+        class Automaton(reference.Automaton):
+            def add(self, token: int) -> None:
+                cls.added += 1
+                super().add(token)
+
+            def shrink(self, states: int) -> int:
+                gone = super().shrink(states)
+                cls.freed += gone
+                return gone
+
+        return Suffixes(Automaton, reference.Readers, 256)
+
+
+def test_no_step_waits_for_a_long_text() -> None:
+    by = Counted.suffixes()
+    drafter, rng = Suffix(DraftConfig(method="suffix", options={"past_tokens": 6000}), by), random.Random(2)
     text = [rng.randrange(50) for _ in range(4096)]
     counts: list[int] = []
 
     def step(ask: int = -1) -> list[int]:
         drafter.work()
         found = drafter.propose(ask, 8).tolist() if ask >= 0 else []
-        counts.append(added[0])
-        assert freed[0] <= 4 * WORK
-        added[0] = freed[0] = 0
+        counts.append(Counted.added)
+        assert Counted.freed <= 4 * by.quick
+        Counted.added = Counted.freed = 0
         return found
 
     for seq in range(3):
@@ -149,7 +215,7 @@ def test_no_step_waits_for_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     while not (drafts := step(0)):
         steps += 1
     assert drafts == text[5:13], "what it would have been at once"
-    assert steps == 4096 // WORK
+    assert steps == 4096 // by.quick
     drafter.extend(0, column(text[5:9]))
     assert step(0) == text[9:17]
     drafter.extend(1, column(text))
@@ -160,7 +226,7 @@ def test_no_step_waits_for_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
     while drafter._later or drafter._old:
         step()
-    assert max(counts) <= WORK + AT_ONCE
+    assert max(counts) <= by.quick + AT_ONCE
     drafter.begin(9, column(text[100:104]), A)
     drafter.extend(9, column(text[104:106]))
     assert step(9) == text[106:114], "of what was answered before"
@@ -178,7 +244,7 @@ def test_answers_that_come_faster_than_they_are_learned() -> None:
         drafter.begin(seq, column([3]), A)
         drafter.extend(seq, column([seq] * 60))
         drafter.end(seq)
-        assert drafter._kept == sum(len(tokens) for _, tokens in drafter._later) <= 400
+        assert drafter._kept == sum(tokens.size for _, tokens in drafter._later) <= 400
     drafter.extend(1, column([5, 6]))
     assert drafter.propose(1, 8).tolist() == [7, 8]
     for _ in range(9):

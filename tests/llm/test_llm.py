@@ -130,6 +130,7 @@ def test_wrong_token_ids_are_named(llm: LLM, ids: list[list[Any]], field: str) -
 def test_every_shape_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
     ids = llm.generate("Penstock is", GREEDY)[0].prompt_token_ids
     shapes: list[Any] = ["Penstock is", ids, tuple(ids), np.array(ids), {"prompt": "Penstock is"}, {"prompt_token_ids": ids}]
+    shapes.append({"prompt": "Penstock is", "cache_salt": "of one's own"})
     alone = [llm.generate(shape, GREEDY) for shape in shapes]
     assert {len(outputs) for outputs in alone} == {1}
     together = llm.generate(shapes, GREEDY)
@@ -141,7 +142,7 @@ def test_every_shape_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
     ]
     assert {tuple(o.prompt_token_ids) for o in outputs} == {tuple(ids)}
     assert len({o.outputs[0].text for o in outputs}) == 1
-    assert [o.prompt for o in together] == ["Penstock is", None, None, None, "Penstock is", None]
+    assert [o.prompt for o in together] == ["Penstock is", None, None, None, "Penstock is", None, "Penstock is"]
     assert "".join(d.text for d in llm.stream_sync({"prompt_token_ids": ids}, GREEDY)) == outputs[0].outputs[0].text
     assert llm.generate([], GREEDY) == []
 
@@ -165,6 +166,9 @@ def test_every_shape_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
         ({"prompt": [5]}, "prompts.prompt"),
         ({"promt": "x"}, "prompts"),
         ({"prompt": "x", "multi_modal_data": {}}, "prompts"),
+        ({"prompt": "x", "cache_salt": ""}, "prompts.cache_salt"),
+        ([{"prompt": "x", "cache_salt": 5}], "prompts[0].cache_salt"),
+        ({"cache_salt": "x"}, "prompts"),
         (["x", {}], "prompts[1]"),
         ("half \ud800", "prompts"),
         (["x", "half \ud800"], "prompts[1]"),

@@ -45,11 +45,11 @@ class Hosted:
         if not wanted.size:
             return
         index = rows.index[wanted]
-        asked: list[int] = []
-        for slot, drafted in zip(index.tolist(), there[wanted].tolist(), strict=True):
-            before = slots.drafter.item(slot) if drafted else self._drafters
-            asked.append(sum(1 << bit for bit, number in enumerate(self.numbers) if number in self.on and number < before))
-        reply: Drafted = yield Ask(self._question(index, most[wanted], u8(asked)), Drafted)
+        asked = np.full(index.size, self._bits(self._drafters), np.uint8)
+        if there.any():
+            bits = u8([self._bits(before) for before in range(self._drafters + 1)])
+            asked = bits[np.where(there[wanted], slots.drafter[index], self._drafters)]
+        reply: Drafted = yield Ask(self._question(index, most[wanted], asked), Drafted)
         self._lose(reply)
         ends = np.cumsum(reply.counts)
         if reply.counts.size != index.size or reply.tokens.size != int(reply.counts.sum()) or np.any(reply.counts > most[wanted]):
@@ -63,12 +63,21 @@ class Hosted:
                 stands[slot, : reply.counts[at]] = self._tokens[slot]
             slots.any_drafted = True
 
+    def _bits(self, before: int) -> int:
+        """Those of them that come before that drafter."""
+        return sum(1 << bit for bit, number in enumerate(self.numbers) if number in self.on and number < before)
+
     def _question(self, index: Index, most: I32, asked: U8) -> Draft:
         slots = self._board.slots
         shown, known = slots.shown[index], slots.known[index]
         news = np.flatnonzero(known > shown)
         begun = [holder for slot in index[news[shown[news] == 0]].tolist() if (holder := slots.holder[slot]) is not None]
-        parts = [slots.history[slot, slots.shown[slot] : slots.known[slot]] for slot in index[news].tolist()]
+        counts = known[news] - shown[news]
+        if news.size == 1:
+            tokens = slots.history[index[news[0]], shown[news[0]] : known[news[0]]].copy()
+        else:
+            within = np.arange(int(counts.sum())) - (counts.cumsum() - counts).repeat(counts)
+            tokens = slots.history[index[news].repeat(counts), shown[news].repeat(counts) + within]
         slots.shown[index] = known
         ended, self.ended = self.ended, []
         return Draft(
@@ -77,8 +86,8 @@ class Hosted:
             most=most,
             drafters=asked,
             news=slots.seq[index[news]],
-            counts=known[news] - shown[news],
-            tokens=np.concatenate(parts) if parts else EMPTY_I32,
+            counts=counts,
+            tokens=tokens,
             begun=i64([holder.seq for holder in begun]),
             roots=b"".join(holder.request.root for holder in begun),
             ended=i64(ended),

@@ -69,8 +69,8 @@ REST_SETTLED, REST_SPENT = 96, 256
 PURSE, MOST_PURSE = 4.0, 64.0
 """What they may cost at first, and the most that is kept of what they gained: in steps without drafts. Who has spent all has to wait for PURSE."""
 
-GOOD, KEEP, OFF = 2, 1, 0
-"""States of a drafter, as metrics have them."""
+GOOD, KEEP, OFF, IDLE = 2, 1, 0, -1
+"""States of a drafter, as metrics have them. IDLE: of its drafts none was verified yet, or none since it is on trial, so that nothing can be said."""
 GOOD_ABOVE, OFF_BELOW = 0.7, 0.4
 JUDGED = 512.0
 """The same for a drafter's drafts."""
@@ -335,7 +335,7 @@ class Watch:
 
     def __init__(self, name: str, clock: Clock) -> None:
         self.name = name
-        self.state = KEEP
+        self.state = IDLE
         self.reason = ""
         """Why it is off, or was."""
         self._clock = clock
@@ -352,13 +352,15 @@ class Watch:
         """So many drafts were verified, those before them being right, and so many of them were right. True if it is off from now on."""
         fade = 0.5 ** (verified / JUDGED)
         self._seen, self._right = self._seen * fade + verified, self._right * fade + right
+        if self.state == IDLE and verified:
+            self.state = KEEP
         if self.state == OFF or (self._seen < self._least and not (self._seen >= CLEARLY_LEAST and self.rate < CLEARLY_BELOW)):
             return False
         self._least = LEAST
         if self.rate < OFF_BELOW:
             self.state = OFF
             self.reason = (
-                f"{self.rate:.0%} of the last {round(self._seen)} drafts were right, less than {OFF_BELOW:.0%};"
+                f"{_below(self.rate, OFF_BELOW)} of the last {round(self._seen)} drafts were right, less than {OFF_BELOW:.0%};"
                 f" the next try is in {self._pause_ns / 1e9:.0f} s"
             )
             self._retry_ns = self._clock.now_ns() + self._pause_ns
@@ -376,7 +378,12 @@ class Watch:
         """It was off for long enough: it is on again, on trial."""
         if self.state != OFF or self._clock.now_ns() < self._retry_ns:
             return False
-        self.state = KEEP
+        self.state = IDLE
         self._seen = self._right = 0.0
         self._least = LEAST // 4
         return True
+
+
+def _below(rate: float, limit: float) -> str:
+    """A rate below a limit in as few digits as show that it is."""
+    return next((text for digits in range(4) if float((text := f"{rate:.{digits}%}")[:-1]) < 100 * limit), f"just under {limit:.0%}")

@@ -18,7 +18,7 @@ from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.sampling import check_text, check_tokens
 
 Prompt = str | Sequence[int] | dict[str, Any]
-"""A text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}."""
+"""A text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}, which may have a "cache_salt" besides."""
 
 _PROMPT = "must be a text, a list of token ids, {'prompt': text} or {'prompt_token_ids': ids}"
 CONVERSATION = "must be a list of messages such as {'role': 'user', 'content': text}"
@@ -54,10 +54,15 @@ def prompt_part(prompt: Any, name: str) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         keys = set(prompt)
         need(
-            keys in ({"prompt"}, {"prompt_token_ids"}),
-            f"{name} must have either the key 'prompt' or 'prompt_token_ids' and no other, but has {sorted(map(str, keys))}.",
+            keys - {"cache_salt"} in ({"prompt"}, {"prompt_token_ids"}),
+            f"{name} must have either the key 'prompt' or 'prompt_token_ids' and, but for 'cache_salt', no other, but has {sorted(map(str, keys))}.",
             name,
         )
+        if "cache_salt" in keys:
+            salt = prompt["cache_salt"]
+            need(isinstance(salt, str) and salt != "", f"{name}.cache_salt must be a text that is not empty.", f"{name}.cache_salt")
+            check_text(salt, f"{name}.cache_salt")
+            return {**prompt_part({key: prompt[key] for key in prompt if key != "cache_salt"}, name), "cache_salt": salt}
         (key,) = keys
         prompt, name = prompt[key], f"{name}.{key}"
         if (key == "prompt") != isinstance(prompt, str):

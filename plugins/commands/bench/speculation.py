@@ -50,7 +50,8 @@ def chats(model: str | None, tokens: int) -> tuple[dict[str, Any], dict[str, Ask
 
 
 def known_answers(model: str, shape: dict[str, Any], rows: int, tokens: int, cases: Sequence[str]) -> tuple[dict[str, Any], dict[str, Ask]]:
-    """The same of a model with known answers, `rows` requests at once; each time other ones, so that nothing is had from a cache."""
+    """The same of a model with known answers, `rows` requests at once; each time other ones, and somebody else's, so that nothing is had from a cache, or from what was answered in
+    turns before: the answers of some turns are all that there is, and who remembers them would copy where the prompt has nothing."""
     from penstock import SamplingParams
     from penstock.plugins.commands.bench import known
 
@@ -62,7 +63,9 @@ def known_answers(model: str, shape: dict[str, Any], rows: int, tokens: int, cas
         def ask(engine: Any) -> list[list[int]]:
             turns[id(engine)] = turn = turns.get(id(engine), -1) + 1
             given = known.prompts(shape, case, rows, tokens, seed=turn)
-            said = engine.generate(prompt_token_ids=[prompt for prompt, _ in given], sampling_params=params)
+            said = engine.generate(
+                [{"prompt_token_ids": prompt, "cache_salt": f"{case} {turn}"} for prompt, _ in given], sampling_params=params
+            )
             found = [list(one.outputs[0].token_ids) for one in said]
             if found != [wanted for _, wanted in given]:
                 raise AssertionError(f"{case}: an answer is not the one that follows")
