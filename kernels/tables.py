@@ -90,7 +90,7 @@ def two_digits(value: float) -> int:
     """A class of memory: 3352 is 3400, and so is what another firmware's clock makes of it."""
     if value < 1:
         return 0
-    step = 10 ** max(0, math.floor(math.log10(value)) - 1)
+    step: int = 10 ** max(0, math.floor(math.log10(value)) - 1)
     return round(value / step) * step
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, Tile, tiles
+from penstock.kernels.tuning.search import Tile
+from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, tiles
 
 SIZE = 16
 """Keys of a block."""
@@ -35,7 +36,8 @@ class Pages(NamedTuple):
         if self.codes is not None:
             from penstock.kernels.attention import coded
 
-            return coded.read_kv(self.k, self.v, self.codes, slots)
+            found: tuple[Tensor, Tensor] = coded.read_kv(self.k, self.v, self.codes, slots)
+            return found
         from penstock.kernels.attention import triton as attention
 
         return attention.read_kv(self.k, slots).float(), attention.read_kv(self.v, slots).float()
@@ -67,10 +69,11 @@ def seen(q: Tensor, found: Pages, table: Tensor, length: int, first: int) -> Ten
     keys, values = (part.repeat_interleave(group, 1).transpose(0, 1) for part in found.read(slots))
     scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * q.shape[2] ** -0.5
     later = at[None] > (first + torch.arange(len(q), device=q.device))[:, None]
-    return (scores.masked_fill(later, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    result: Tensor = (scores.masked_fill(later, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    return result
 
 
-def _decode(shape: Shape, counts: Iterable[tuple[int, int]], kind: str = "", deterministic: bool = False) -> Loads:
+def _decode(shape: Shape, counts: Iterable[tuple[int, int]], kind: str = "", deterministic: bool = False, pinned: bool = False) -> Loads:
     def load(rows: int, length: int, room: Room) -> Load:
         from penstock.kernels.attention import triton as attention
 
@@ -106,7 +109,7 @@ def _decode(shape: Shape, counts: Iterable[tuple[int, int]], kind: str = "", det
         def truth() -> Tensor:
             return torch.cat([seen(q[row : row + 1], sets[0], table[row], int(lengths[row]), int(lengths[row]) - 1) for row in shown])
 
-        checks = [Check(lambda: call(sets[0])[shown], truth, tolerance=0.04 if kind else 0.02)]
+        checks = [Check(lambda: call(sets[0])[shown], truth, pinned=pinned, tolerance=0.04 if kind else 0.02)]
         if deterministic:  # a row gets the bits that it has as the last of a chunk
 
             def as_chunk() -> Tensor:
@@ -142,7 +145,7 @@ def _prefill(shape: Shape, counts: Iterable[tuple[int, int, int]], *, dense: boo
         found, out = pages(room, shape, sequences * per, ""), room.empty(tokens, shape.heads, shape.dim)
         at = torch.arange(before, length, device=room.device)
         attention.write_kv(found.k, found.v, k, v, (table[:, at // SIZE].long() * SIZE + at % SIZE).flatten())
-        own = {"new_k": k, "new_v": v} if dense else {}
+        own: dict[str, Any] = {"new_k": k, "new_v": v} if dense else {}
 
         def call() -> Tensor:
             return attention.ragged_attention(
@@ -241,7 +244,7 @@ SECTIONS = [
     Section("attention.ragged.fixed", "--deterministic, prefill and decode", _fixed_tiles, lambda s: _if(s.dim <= 128, _fixed(s))),
     Section(
         "attention.split.fixed", "--deterministic, decode rows", lambda card: [{"num_stages": n} for n in (1, 2, 3, 4)],
-        lambda s: _decode(s, ((1, 8192), (16, 1024), (64, 1024)), deterministic=True), same_bits=True,
+        lambda s: _decode(s, ((1, 8192), (16, 1024), (64, 1024)), deterministic=True, pinned=True),
     ),
     Section("attention.coded", "KV cache of 8 bits, few rows", _coded_tiles, _coded(((1, 1024), (1, 8192), (16, 2048))), narrow=True),
     Section("attention.coded.many", "KV cache of 8 bits, 64 rows", _coded_many_tiles, _coded(((64, 1024), (64, 4096), (128, 1024))), narrow=True),

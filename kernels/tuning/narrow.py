@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.linear.scheme import Scheme, dequantise, quantise
-from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, Tile, product, tiles
+from penstock.kernels.tuning.search import Tile
+from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, product, tiles
 
 Loads = dict[str, Callable[[Room], Load]]
 WIDE_FROM = 16384
@@ -45,30 +46,35 @@ def packed(room: Room, scheme: Scheme, n: int, k: int) -> Packed:
 
 
 def _load(
-    room: Room, sizes: dict[str, tuple[int, int]], scheme: Scheme, rows: int, run: Callable[[Packed, Tensor, Tensor], Tensor],
-    inputs: Callable[[Tensor], Tensor] = lambda x: x, deterministic: Callable[[Packed, Tensor], Tensor] | None = None,
+    room: Room, sizes: dict[str, tuple[int, int]], scheme: Scheme, rows: int, run: Callable[[Packed, Any, Tensor], Tensor], *,
+    given: Callable[[Tensor], Any] = lambda x: x, means: Callable[[Any, int], Tensor] = lambda x, k: x, pinned: bool = False,
+    deterministic: Callable[[Packed, Tensor], Tensor] | None = None,
 ) -> Load:  # fmt: skip
-    """`run(weight, x, out)`; `inputs(x)`: what the kernel sees of x, for the truth; `deterministic(weight, x)`: the same in that mode."""
+    """`run(weight, given(x), out)`; `means(given(x), K)`: what that stands for; `deterministic(weight, x)`: the same in that mode, where the bits are pinned in any case."""
     calls: list[Callable[[], object]] = []
     checks: list[Check] = []
-    first = {name: packed(room, scheme, n, k) for name, (n, k) in sizes.items()}
+    first = {name: room.kept((scheme, n, k), functools.partial(packed, room, scheme, n, k)) for name, (n, k) in sizes.items()}
     for copy in range(room.copies(sum(one.weight.nbytes for one in first.values()))):
         for name, (n, k) in sizes.items():
-            one = first[name]
-            if copy:  # other memory
-                one = one._replace(weight=one.weight._replace(data=one.weight.data.clone(), scales=one.weight.scales.clone()))
-            x, out = room.normal(rows, k), room.empty(rows, n)
+            one = first[name] if copy == 0 else room.kept((scheme, n, k, copy), functools.partial(_again, first[name]))
+            x, out = given(room.normal(rows, k)), room.empty(rows, n)
             call = functools.partial(run, one, x, out)
             calls.append(call)
-            if not copy:
-                checks.append(Check(call, functools.partial(_truth, one, x, inputs)))
+            if copy == 0:
+                truth = functools.partial(_truth, one, functools.partial(means, x, k))
+                checks.append(Check(call, truth, pinned=pinned))
                 if deterministic is not None:
-                    checks.append(Check(functools.partial(deterministic, one, x), functools.partial(_truth, one, x, inputs)))
+                    checks.append(Check(functools.partial(deterministic, one, x), truth, pinned=True))
     return Load(calls, len(sizes), checks)
 
 
-def _truth(one: Packed, x: Tensor, inputs: Callable[[Tensor], Tensor]) -> Tensor:
-    return product(inputs(x), one.means)
+def _again(one: Packed) -> Packed:
+    """In other memory."""
+    return one._replace(weight=one.weight._replace(data=one.weight.data.clone(), scales=one.weight.scales.clone()))
+
+
+def _truth(one: Packed, inputs: Callable[[], Tensor]) -> Tensor:
+    return product(inputs(), one.means)
 
 
 def _quantised(shape: Shape, bits: int, counts: Iterable[int]) -> Loads:
@@ -110,52 +116,37 @@ def _eight(
 
         scheme = BLOCKS if blocks else TOKEN[kind]
         rounding = Rounding(scheme.kind, 128 if blocks else 0)
-        known: dict[int, Any] = {}
 
-        def rounded(x: Tensor) -> Any:
-            if x.data_ptr() not in known:
-                known[x.data_ptr()] = quantise_rows(x, rounding)
-            return known[x.data_ptr()]
+        def run(one: Packed, x: Any, out: Tensor) -> Tensor:
+            y: Tensor = w8a8.matmul(x, one.weight, out=out, exact=exact, blocks=one.blocks, config=gpu.tuned(table))
+            return y
 
-        def run(one: Packed, x: Tensor, out: Tensor) -> Tensor:
-            return w8a8.matmul(rounded(x), one.weight, out=out, exact=exact, blocks=one.blocks, config=gpu.tuned(table))
+        def means(x: Any, k: int) -> Tensor:
+            codes: Tensor = x.codes.float()[:, :k]
+            return codes * (x.scales.t().repeat_interleave(128, 1)[:, :k] if blocks else x.scales[:, None])
 
-        def inputs(x: Tensor) -> Tensor:
-            codes, scales, _ = rounded(x)
-            wide_codes = codes.float()[:, : x.shape[1]]
-            if not blocks:
-                return wide_codes * scales[:, None]
-            return wide_codes * scales.t().repeat_interleave(128, 1)[:, : x.shape[1]]
-
-        return _load(room, {name: shape.weights()[name] for name in names}, scheme, rows, run, inputs)
+        return _load(
+            room,
+            {name: shape.weights()[name] for name in names},
+            scheme,
+            rows,
+            run,
+            given=lambda x: quantise_rows(x, rounding),
+            means=means,
+            pinned=True,
+        )
 
     return {f"{shape.name}, {kind}, rows {rows}": functools.partial(load, kind, rows) for kind in kinds for rows in counts} if names else {}
 
 
-def _low_rows(bits: int) -> Callable[[Card], list[Tile]]:
+def _low_rows(card: Card) -> list[Tile]:
     """Tiles of 16 rows."""
-
-    def candidates(card: Card) -> list[Tile]:
-        p = card.processors
-        return [
-            *tiles(
-                (*SPLIT, "TMA"),
-                (64, 8 * p, 8, 64, 4, 3, 0),
-                (64, 4 * p, 8, 64, 4, 4, 0),
-                (64, 8 * p, 8, 64, 4, 4, 0),
-                (64, 4 * p, 8, 64, 4, 5, 0),
-            ),
-            *tiles(
-                (*SPLIT, "TMA"),
-                (128, 2 * p, 8, 64, 8, 3, 0),
-                (128, 4 * p, 8, 64, 8, 4, 0),
-                (128, 4 * p, 8, 64, 4, 3, 0),
-                (32, 8 * p, 8, 64, 4, 4, 0),
-            ),
-            *tiles((*SPLIT, "TMA"), (128, 2 * p, 8, 64, 8, 4, int(card.chained)), (128, 4 * p, 8, 128, 4, 4, int(card.chained))),
-        ]
-
-    return candidates
+    p, bulk = card.processors, int(card.chained)
+    return tiles(
+        (*SPLIT, "TMA"),
+        (64, 8 * p, 8, 64, 4, 3, 0), (64, 4 * p, 8, 64, 4, 4, 0), (64, 8 * p, 8, 64, 4, 4, 0), (64, 4 * p, 8, 64, 4, 5, 0), (128, 2 * p, 8, 64, 8, 3, 0),
+        (128, 4 * p, 8, 64, 8, 4, 0), (128, 4 * p, 8, 64, 4, 3, 0), (32, 8 * p, 8, 64, 4, 4, 0), (128, 2 * p, 8, 64, 8, 4, bulk), (128, 4 * p, 8, 128, 4, 4, bulk),
+    )  # fmt: skip
 
 
 def _rows(card: Card) -> list[Tile]:
@@ -184,8 +175,8 @@ def _stages(card: Card) -> list[Tile]:
 
 SECTIONS = [
     *(
-        Section(f"fragments.{bits}.{tall}", f"weights of {bits} bits, {tall} rows", _low_rows(bits) if tall == 16 else _rows,
-                functools.partial(_quantised, bits=bits, counts=(1, 16) if tall == 16 else (tall,)), same_bits=tall < 128, narrow=True)
+        Section(f"fragments.{bits}.{tall}", f"weights of {bits} bits, {tall} rows", _low_rows if tall == 16 else _rows,
+                functools.partial(_quantised, bits=bits, counts=(1, 16) if tall == 16 else (tall,)), narrow=True)
         for bits in (4, 8) for tall in (16, 32, 64, 128)
     ),
     *(
@@ -193,13 +184,13 @@ SECTIONS = [
         for bits in (4, 8)
     ),
     Section("w8a8.few", "inputs of 8 bits, up to 64 rows", _few,
-            lambda s: _eight(s, "w8a8.few", (1, 32, 64), ("fp8", "int8"), wide=False), same_bits=True, narrow=True, hopper=True),
+            lambda s: _eight(s, "w8a8.few", (1, 32, 64), ("fp8", "int8"), wide=False), narrow=True, hopper=True),
     Section("w8a8.few.wide", "the same, many outputs", _few,
-            lambda s: _eight(s, "w8a8.few.wide", (1, 32, 64), ("fp8", "int8"), wide=True), same_bits=True, narrow=True, hopper=True),
-    Section("w8a8.low", "inputs of 8 bits, some 128 rows", _stages, lambda s: _eight(s, "w8a8.low", (128, 256), ("fp8", "int8")), same_bits=True, narrow=True),
-    Section("w8a8", "inputs of 8 bits, some 512 rows", _stages, lambda s: _eight(s, "w8a8", (512,), ("fp8", "int8")), same_bits=True, narrow=True),
-    Section("w8a8.many", "FP8 inputs, many rows", _stages, lambda s: _eight(s, "w8a8.many", (2048,), ("fp8",)), same_bits=True, narrow=True),
-    Section("w8a8.many.int8", "int8 inputs, many rows", _stages, lambda s: _eight(s, "w8a8.many.int8", (2048,), ("int8",)), same_bits=True, narrow=True),
-    Section("w8a8.exact", "FP8 inputs, sums in float32", _stages, lambda s: _eight(s, "w8a8.exact", (512,), ("fp8",), exact=True), same_bits=True, narrow=True),
-    Section("w8a8.blocks", "FP8 in blocks of 128 x 128", _stages, lambda s: _eight(s, "w8a8.blocks", (512, 2048), ("fp8",), blocks=True), same_bits=True, narrow=True),
+            lambda s: _eight(s, "w8a8.few.wide", (1, 32, 64), ("fp8", "int8"), wide=True), narrow=True, hopper=True),
+    Section("w8a8.low", "inputs of 8 bits, some 128 rows", _stages, lambda s: _eight(s, "w8a8.low", (128, 256), ("fp8", "int8")), narrow=True),
+    Section("w8a8", "inputs of 8 bits, some 512 rows", _stages, lambda s: _eight(s, "w8a8", (512,), ("fp8", "int8")), narrow=True),
+    Section("w8a8.many", "FP8 inputs, many rows", _stages, lambda s: _eight(s, "w8a8.many", (2048,), ("fp8",)), narrow=True),
+    Section("w8a8.many.int8", "int8 inputs, many rows", _stages, lambda s: _eight(s, "w8a8.many.int8", (2048,), ("int8",)), narrow=True),
+    Section("w8a8.exact", "FP8 inputs, sums in float32", _stages, lambda s: _eight(s, "w8a8.exact", (512,), ("fp8",), exact=True), narrow=True),
+    Section("w8a8.blocks", "FP8 in blocks of 128 x 128", _stages, lambda s: _eight(s, "w8a8.blocks", (512, 2048), ("fp8",), blocks=True), narrow=True),
 ]  # fmt: skip

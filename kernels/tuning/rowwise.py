@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from penstock.kernels.activation.reference import gated as gated_by_torch
 from penstock.kernels.rmsnorm.reference import rms_norm as rms_norm_by_torch
 from penstock.kernels.rope.reference import rotate
-from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, Tile, tiles
+from penstock.kernels.tuning.search import Tile
+from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, tiles
 
 COUNTS = (16, 256, 4096)
 SIZE = 16
@@ -61,7 +63,7 @@ def _turns(shape: Shape, normed: bool) -> dict[str, Callable[[Room], Load]]:
         blocks = -(-rows // SIZE) + 8
         positions, angles = room.i32(torch.arange(rows)), room.normal(rows, dim, dtype=torch.float32)
         slots = room.i32(torch.randperm(blocks * SIZE, generator=torch.Generator().manual_seed(5))[:rows])
-        norms = {"q_norm": room.normal(dim), "k_norm": room.normal(dim)} if normed else {}
+        norms: dict[str, Any] = {"q_norm": room.normal(dim), "k_norm": room.normal(dim)} if normed else {}
         sets = [
             (
                 room.normal(rows, (heads + 2 * kv) * dim),

@@ -37,7 +37,9 @@ class Job(NamedTuple):
 class Closed(Stand, Protocol):
     """A stand that holds memory."""
 
-    other_bits: set[str]
+    @property
+    def other_bits(self) -> set[str]:
+        """Candidates (`key_of`) with results other than those of what is in use."""
 
     def close(self) -> None:
         """Give it back."""
@@ -47,7 +49,7 @@ class Ended(NamedTuple):
     """How a tuning went."""
 
     skipped: list[str]
-    """Sections for which no time was left."""
+    """Sections for which no time was left, or no memory."""
     lost: str | None
     """Why the device could not go on, with the candidate under which it gave up."""
 
@@ -75,7 +77,11 @@ def tune(
             skipped.append(job.name)
             continue
         tell(index, job, 0, "making room")
-        stand = stand_of(job)
+        try:
+            stand = stand_of(job)
+        except MemoryError:
+            skipped.append(f"{job.name} (its loads do not fit into the memory)")
+            continue
         try:
 
             def told(done: int, what: str, index: int = index, job: Job = job) -> None:

@@ -21,7 +21,8 @@ Tiles = Mapping[str, Tile]
 MARGIN = 0.98
 SLOWER = 1.05
 ROUNDS, LEAST_ROUNDS = 9, 5
-FINALISTS = 3
+FINALISTS, DOUBT = 3, 1.02
+"""So many go on, if alone they were not slower than this: the card may have slowed down since."""
 CHUNK = 8
 """Candidates that are compiled together, between looks at the clock."""
 
@@ -29,8 +30,9 @@ CHUNK = 8
 class Stand(Protocol):
     """Where candidates run."""
 
-    loads: Sequence[str]
-    """What is timed, by name."""
+    @property
+    def loads(self) -> Sequence[str]:
+        """What is timed, by name."""
 
     def prepare(self, candidates: Sequence[Tiles]) -> None:
         """Compile them, wrong ones too."""
@@ -111,7 +113,9 @@ def search(
             else:
                 wrong.append((candidate, reason))
             done += 1
-    finalists = [candidate for score, candidate in sorted(quick, key=lambda pair: pair[0])[:FINALISTS] if score < 1 or fault is not None]
+    finalists = [
+        candidate for score, candidate in sorted(quick, key=lambda pair: pair[0])[:FINALISTS] if score < DOUBT or fault is not None
+    ]
     runners = finalists if fault is not None else [present, *finalists]
     if not runners:
         return Outcome(None, {}, {}, len(quick), wrong, done == len(others))

@@ -8,12 +8,14 @@ What it does not know: the sections themselves, time, candidates' fate.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from penstock.kernels.tuning.search import Tile
+
+Made = TypeVar("Made")
 
 
 class Shape(NamedTuple):
@@ -63,6 +65,8 @@ class Check(NamedTuple):
     """By torch, or by another kernel under the same candidate (then `exact`)."""
     exact: bool = False
     """The same bits; and `truth` is asked for each candidate."""
+    pinned: bool = False
+    """Other tables compute rows of the same batch: the bits must be those of the tiles in use."""
     tolerance: float = 0.02
     """Else the largest difference may be this share of the truth's root mean square, and half of it of the truth itself."""
 
@@ -85,8 +89,6 @@ class Section(NamedTuple):
     """What is tried, each upon the tile in use."""
     loads: Callable[[Shape], dict[str, Callable[[Room], Load]]]
     """By name; empty where a model of that shape does not use the table."""
-    same_bits: bool = False
-    """Other tables compute rows of the same batch: a candidate must give the bits of what is in use."""
     narrow: bool = False
     """Only where weights, inputs or the KV cache have fewer than 16 bits."""
     hopper: bool = False
@@ -100,10 +102,22 @@ class Room:
         self.device, self.dtype = device, dtype
         self._rotate = rotate_bytes
         self.generator = torch.Generator(device).manual_seed(7)
+        self._kept: dict[Any, Any] = {}
 
     def copies(self, nbytes: float) -> int:
         """Of something of so many bytes, so that reading all of them in turn finds none in the caches."""
         return max(1, min(16, -(-self._rotate // max(1, int(nbytes)))))
+
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """Made once for all loads of a section: weights."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        made: Made = self._kept[key]
+        return made
+
+    def clear(self) -> None:
+        """Let go of what was kept."""
+        self._kept.clear()
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Drawn numbers."""

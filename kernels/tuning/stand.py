@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,17 @@ def room_of(device: torch.device) -> Room:
 class DeviceStand:
     """See search.py: Stand. `present`: what is in use."""
 
-    def __init__(self, section: Section, shapes: Sequence[Shape], room: Room, present: Tiles) -> None:
+    def __init__(self, section: Section, shapes: Sequence[Shape], room: Room, present: Tiles, others: Tiles | None = None) -> None:
+        """`others`: of other tables, in use from now on. Raises MemoryError."""
         makers = {name: make for shape in shapes for name, make in section.loads(shape).items()}
         self.loads = list(makers)
-        self._present, self._same = present, section.same_bits
-        self._loads: list[Load] = [make(room) for make in makers.values()]
+        self._present, self._others = present, dict(others or {})
+        self._room = room
+        try:
+            self._loads: list[Load] = [make(room) for make in makers.values()]
+        except torch.OutOfMemoryError as error:
+            room.clear()
+            raise MemoryError(str(error)) from None
         self._truths: dict[tuple[int, int], Tensor] = {}
         self._bits: dict[tuple[int, int], Tensor] = {}
         self._results: dict[tuple[int, int], Tensor] = {}
@@ -52,9 +59,10 @@ class DeviceStand:
             return
         with gpu.compile_only():
             for candidate in candidates:
-                with gpu.trying(candidate):
+                with gpu.trying({**self._others, **candidate}):
                     for load in self._loads:
-                        for call in (*load.calls[: load.distinct], *(check.call for check in load.checks)):
+                        exact = (check.truth for check in load.checks if check.exact)
+                        for call in (*load.calls[: load.distinct], *(check.call for check in load.checks), *exact):
                             try:
                                 call()
                             except Exception:  # said by `check`
@@ -62,7 +70,7 @@ class DeviceStand:
 
     def check(self, candidate: Tiles) -> str | None:
         """See Stand."""
-        with gpu.trying(candidate):
+        with gpu.trying({**self._others, **candidate}):
             try:
                 for number, load in enumerate(self._loads):
                     for index, check in enumerate(load.checks):
@@ -94,7 +102,7 @@ class DeviceStand:
                 self._bits.setdefault(at, results[0])
             if not same(results[0], self._bits[at]):
                 self.other_bits.add(key_of(candidate))
-                if self._same:
+                if check.pinned:
                     return "its bits are not those of the other tiles that take rows of the same batch"
         return wrong
 
@@ -112,7 +120,8 @@ class DeviceStand:
         """See Stand: of each of the load's distinct calls once."""
         graph = self._graph(candidate, load)
         calls = self._loads[load]
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+        clocks: Any = torch.cuda.Event
+        events = [(clocks(enable_timing=True), clocks(enable_timing=True)) for _ in range(REPLAYS)]
         graph.replay()
         count = REPLAYS
         for index, (before, after) in enumerate(events):
@@ -126,12 +135,13 @@ class DeviceStand:
                 break
         torch.cuda.synchronize()
         turns = len(calls.calls) / calls.distinct
-        return statistics.median(before.elapsed_time(after) for before, after in events[:count]) / 1e3 / turns
+        median: float = statistics.median(before.elapsed_time(after) for before, after in events[:count])
+        return median / 1e3 / turns
 
     def _graph(self, candidate: Tiles, load: int) -> torch.cuda.CUDAGraph:
         key = key_of(candidate), load
         if key not in self._graphs:
-            with gpu.trying(candidate):
+            with gpu.trying({**self._others, **candidate}):
                 for call in self._loads[load].calls[: self._loads[load].distinct]:
                     call()
                 torch.cuda.synchronize()
@@ -146,6 +156,7 @@ class DeviceStand:
         """Give the memory back."""
         self._graphs.clear()
         self._loads.clear()
+        self._room.clear()
         for kept in (self._truths, self._bits, self._results):
             kept.clear()
 

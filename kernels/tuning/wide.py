@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.activation.reference import gated
-from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, Tile, product, tiles
+from penstock.kernels.tuning.search import Tile
+from penstock.kernels.tuning.section import Card, Check, Load, Room, Section, Shape, product, tiles
 
 WIDE_FROM = 16384
 """Rows of a weight from which linear.skinny.wide is asked (kernels/linear/triton.py)."""
@@ -83,17 +84,27 @@ class Weighed(NamedTuple):
 
 
 def _load(
-    room: Room, shape: Shape, names: Iterable[str], rows: int, run: Callable[[Weighed, Tensor, Tensor | None], Tensor], fused: bool
+    room: Room,
+    shape: Shape,
+    names: Iterable[str],
+    rows: int,
+    run: Callable[[Weighed, Tensor, Tensor | None], Tensor],
+    *,
+    fused: bool,
+    pinned: bool,
 ) -> Load:
-    """`run(weight, x, out)` for each of the weights. `fused`: gate and up become one result."""
+    """`run(weight, x, out)` for each of the weights. `fused`: gate and up become one result; `pinned`: see Check."""
     sizes = {name: size for name, size in shape.weights().items() if name in names}
     weights = []
-    for _ in range(room.copies(sum(2 * n * k for n, k in sizes.values()))):
+    for copy in range(room.copies(sum(2 * n * k for n, k in sizes.values()))):
         for name, (n, k) in sizes.items():
+            weight = room.kept((name, n, k, copy), functools.partial(room.normal, n, k))
             out = room.empty(rows, n // 2 if fused and name == "gate_up" else n, dtype=torch.float32 if name == "lm_head" else None)
-            weights.append(Weighed(name, room.normal(rows, k), room.normal(n, k), out))
+            weights.append(Weighed(name, room.normal(rows, k), weight, out))
     calls = [functools.partial(run, one, one.x, one.out) for one in weights]
-    checks = [Check(call, functools.partial(one.truth, fused)) for one, call in zip(weights[: len(sizes)], calls, strict=False)]
+    checks = [
+        Check(call, functools.partial(one.truth, fused), pinned=pinned) for one, call in zip(weights[: len(sizes)], calls, strict=False)
+    ]
     for one in weights[: len(sizes)] if rows > 1 else []:  # a row alone, and as the last of all
         checks.append(Check(functools.partial(_last, run, one), functools.partial(run, one, one.x[-1:], None), exact=True))
     return Load(calls, len(sizes), checks)
@@ -103,7 +114,7 @@ def _last(run: Callable[[Weighed, Tensor, Tensor | None], Tensor], one: Weighed)
     return run(one, one.x, one.out)[-1:]
 
 
-def _skinny(shape: Shape, wide: bool) -> dict[str, Callable[[Room], Load]]:
+def _skinny(shape: Shape, wide: bool, counts: Iterable[int] = (1, 8, 16)) -> dict[str, Callable[[Room], Load]]:
     names = [name for name, (n, _) in shape.weights().items() if (n >= WIDE_FROM) == wide]
 
     def load(rows: int, room: Room) -> Load:
@@ -115,9 +126,9 @@ def _skinny(shape: Shape, wide: bool) -> dict[str, Callable[[Room], Load]]:
             kind = torch.float32 if one.name == "lm_head" else None
             return linear.skinny(x, one.weight, out=out, out_dtype=kind, workspace=space, gated="silu" if one.gate else None)
 
-        return _load(room, shape, names, rows, run, True)
+        return _load(room, shape, names, rows, run, fused=True, pinned=False)
 
-    return {f"{shape.name}, rows {rows}": functools.partial(load, rows) for rows in (1, 8, 16)} if names else {}
+    return {f"{shape.name}, rows {rows}": functools.partial(load, rows) for rows in counts} if names else {}
 
 
 def _invariant(shape: Shape, counts: Iterable[int]) -> dict[str, Callable[[Room], Load]]:
@@ -128,7 +139,7 @@ def _invariant(shape: Shape, counts: Iterable[int]) -> dict[str, Callable[[Room]
             return linear.invariant(x, one.weight, out=out, out_dtype=torch.float32 if one.name == "lm_head" else None)
 
         names = [name for name in shape.weights() if rows <= 64 or name != "lm_head"]
-        return _load(room, shape, names, rows, run, False)
+        return _load(room, shape, names, rows, run, fused=False, pinned=True)
 
     return {f"{shape.name}, rows {rows}": functools.partial(load, rows) for rows in counts}
 
@@ -141,9 +152,6 @@ SECTIONS = [
         "--deterministic, up to 64 rows",
         _small_tiles,
         lambda shape: _invariant(shape, (1, 16, 64)),
-        same_bits=True,
     ),
-    Section(
-        "linear.invariant", "--deterministic, more rows", _invariant_tiles, lambda shape: _invariant(shape, (256, 2048)), same_bits=True
-    ),
+    Section("linear.invariant", "--deterministic, more rows", _invariant_tiles, lambda shape: _invariant(shape, (256, 2048))),
 ]

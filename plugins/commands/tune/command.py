@@ -139,7 +139,7 @@ def _run(jobs: Sequence[Job], shapes: Sequence[Shape], limit_s: float, kept: Kep
             report.crowd(lambda text: click.echo(text, err=True), shared[1] - shared[0])
             rooms.append(room_of(torch.device("cuda", torch.cuda.current_device())))
         torch.cuda.empty_cache()
-        return DeviceStand(SECTIONS[job.name], shapes, rooms[0], job.present)
+        return DeviceStand(SECTIONS[job.name], shapes, rooms[0], job.present, kept.tiles)
 
     with report.progress(jobs) as tell:
         try:

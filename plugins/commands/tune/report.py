@@ -115,7 +115,7 @@ def end(say: Callable[[str], None], path: Path, *, used: bool, rows: Rows, ended
             f"The GPU gave up under a candidate, and nothing more can be measured in this process: {ended.lost}. What is known is kept; leave that section out (--sections)."
         )
     elif ended.skipped:
-        say(f"Out of time before: {', '.join(ended.skipped)}. Run it again to go on there, or with a larger --limit-s.")
+        say(f"Not measured: {', '.join(ended.skipped)}. Run it again to go on there, or with a larger --limit-s.")
     new = [job.name for job, outcome, _ in rows if outcome.tiles is not None]
     say(f"{path}: {len(new)} of {len(rows)} sections have new tiles{': ' + ', '.join(new) if new else ''}.")
     if any(other_bits for _, _, other_bits in rows):
