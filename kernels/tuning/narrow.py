@@ -123,7 +123,8 @@ def _eight(
 
         def means(x: Any, k: int) -> Tensor:
             codes: Tensor = x.codes.float()[:, :k]
-            return codes * (x.scales.t().repeat_interleave(128, 1)[:, :k] if blocks else x.scales[:, None])
+            scales: Tensor = x.scales.t().repeat_interleave(128, 1)[:, :k] if blocks else x.scales[:, None]
+            return codes * scales
 
         return _load(
             room,

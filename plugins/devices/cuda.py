@@ -82,6 +82,11 @@ def triton_ops(facts: ModelFacts, device: torch.device, *, max_rows: int, determ
     return TritonOps(facts, device, max_rows=max_rows, deterministic=deterministic)
 
 
+def own_tiles(device: torch.device) -> list[tuple[str, dict[str, int]]]:
+    """Of the user's own table: other tiles may mean other last bits. The shipped ones belong to the version."""
+    return sorted(tables.own().tiles.items()) if device.type == "cuda" else []
+
+
 def say_tables() -> None:
     """Which tiles the kernels run in, and what is wrong with the user's own table."""
     own = tables.own()
@@ -142,7 +147,6 @@ def load(
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     rounded = (config.quantization, config.lm_head_quantization)
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, rounded, sorted(choice.raw.items()), choice.kv)
-    own = sorted(tables.own().tiles.items()) if lane.device.type == "cuda" else []  # other tiles, other last bits
     runner = DeviceRunner(
         facts=facts,
         model=model,
@@ -156,7 +160,7 @@ def load(
         dtype=choice.dtype_name,
         torch_dtype=choice.dtype,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(*parts, *own, *trees_of(config), checkpoint),
+        fingerprint=fingerprint(*parts, *own_tiles(lane.device), *trees_of(config), checkpoint),
         graphs=graphs,
         depth=depth,
         kv_dtype=choice.kv_name,

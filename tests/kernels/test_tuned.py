@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 from penstock.kernels import gpu, tables
 from penstock.plugins.devices import cuda
+from penstock.plugins.devices.loading import fingerprint
 
 TABLES = tables.shipped()
 NOTHING = tables.Identity("NVIDIA Nothing 9000", 24, 500)
@@ -93,6 +94,23 @@ def test_a_card_whose_own_table_found_nothing_better_is_not_told_again(card: Any
     assert gpu.without_table() is None
     cuda.say_tables()
     assert caplog.text == ""
+
+
+def test_the_fingerprint_knows_the_users_own(card: Any) -> None:
+    gpu_device, host = torch.device("cuda"), torch.device("cpu")
+    card(NOTHING)
+    shipped = fingerprint("a", *cuda.own_tiles(gpu_device))
+    assert shipped == fingerprint("a")
+    card(NOTHING)
+    written(tables.own_path(NOTHING))
+    first = fingerprint("a", *cuda.own_tiles(gpu_device))
+    assert cuda.own_tiles(host) == []
+    card(NOTHING)
+    written(tables.own_path(NOTHING), tiles={"linear.skinny": {**TILE, "BLOCK_N": 64}}, date="another day")
+    assert len({shipped, first, fingerprint("a", *cuda.own_tiles(gpu_device))}) == 3
+    card(NOTHING)
+    written(tables.own_path(NOTHING), date="another day")
+    assert fingerprint("a", *cuda.own_tiles(gpu_device)) == first
 
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
