@@ -81,7 +81,7 @@ def _decode(shape: Shape, counts: Iterable[tuple[int, int]], kind: str = "", det
         table = room.i32(torch.randperm(rows * per, generator=torch.Generator().manual_seed(3))).view(rows, per)
         lengths = room.i32([length - row % min(3, length) for row in range(rows)])
         q, out = room.normal(rows, shape.heads, shape.dim), room.empty(rows, shape.heads, shape.dim)
-        elements = 2 * attention.workspace_elements(rows, shape.heads, shape.dim, deterministic=True)
+        elements = attention.workspace_elements(rows, shape.heads, shape.dim, deterministic=True)
         space, arrivals = room.empty(elements, dtype=torch.float32), room.zeros(rows * shape.kv_heads, dtype=torch.int32)
         scale = shape.dim**-0.5
 

@@ -98,7 +98,7 @@ def _largest(shape: Shape) -> dict[str, Callable[[Room], Load]]:
         from penstock.kernels.argmax import triton as argmax
 
         sets = [room.normal(rows, shape.vocab, dtype=torch.float32) for _ in range(room.copies(4 * rows * shape.vocab))]
-        out = room.zeros(rows, dtype=torch.int32)
+        out = room.empty(rows, dtype=torch.int32)
         space = room.zeros(2 * rows * -(-shape.vocab // 256), dtype=torch.int32)
         calls = [functools.partial(argmax.argmax, logits, out, space) for logits in sets]
         return Load(calls, 1, [Check(calls[0], lambda: sets[0].argmax(-1).int(), exact=True)])

@@ -68,7 +68,7 @@ class Check(NamedTuple):
     pinned: bool = False
     """Other tables compute rows of the same batch: the bits must be those of the tiles in use."""
     tolerance: float = 0.02
-    """Else the largest difference may be this share of the truth's root mean square, and half of it of the truth itself."""
+    """Else a difference may be this share of the truth, and of its root mean square."""
 
 
 class Load(NamedTuple):
@@ -103,6 +103,7 @@ class Room:
         self._rotate = rotate_bytes
         self.generator = torch.Generator(device).manual_seed(7)
         self._kept: dict[Any, Any] = {}
+        self._outputs: list[Tensor] = []
 
     def copies(self, nbytes: float) -> int:
         """Of something of so many bytes, so that reading all of them in turn finds none in the caches."""
@@ -118,14 +119,22 @@ class Room:
     def clear(self) -> None:
         """Let go of what was kept."""
         self._kept.clear()
+        self._outputs.clear()
+
+    def poison(self) -> None:
+        """Whatever is not written from now on is seen."""
+        for output in self._outputs:
+            poison(output)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Drawn numbers."""
         return torch.randn(*shape, dtype=dtype or self.dtype, device=self.device, generator=self.generator)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for results: NaN where nothing is written."""
-        return torch.full(shape, torch.nan, dtype=dtype or self.dtype, device=self.device)
+        """Room for results, or for what a kernel keeps there meanwhile."""
+        self._outputs.append(torch.empty(shape, dtype=dtype or self.dtype, device=self.device))
+        poison(self._outputs[-1])
+        return self._outputs[-1]
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """As it says."""
@@ -141,11 +150,11 @@ def tiles(names: Sequence[str], *rows: Sequence[int]) -> list[Tile]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
+def poison(result: Tensor) -> None:
+    """What no kernel computes of sound inputs."""
+    result.fill_(torch.nan if result.is_floating_point() else -7)
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T by torch in float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        return x.float() @ weight.float().t()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    """x @ weight^T by torch in float32, in pieces of the weight: it need not fit twice."""
+    return torch.cat([x.float() @ piece.float().t() for piece in torch.split(weight, 8192)], 1)

@@ -114,6 +114,26 @@ def test_what_is_wrong_is_found_out(device: str) -> None:
     assert standing(device, Check(right, lambda: truth)).check({"rmsnorm": {"num_warps": 4}}) is None
 
 
+def test_what_only_another_tile_wrote_is_no_result(device: str) -> None:
+    """A result that is a copy of some rows: what lies in the memory behind it is poisoned all the same."""
+    truth = torch.ones(8, 8, device=device)
+
+    def load(room: Room) -> Load:
+        out = room.empty(8, 8, dtype=torch.float32)
+
+        def call() -> torch.Tensor:
+            first = 0 if gpu.tuned("rmsnorm")["num_warps"] == 4 else 1
+            out[first:].copy_(truth[first:])
+            return out[torch.tensor([0, 7])]
+
+        return Load([call], 1, [Check(call, lambda: truth[:2])])
+
+    section = SECTIONS["rmsnorm"]._replace(loads=lambda shape: {"load": load})
+    one = stand.DeviceStand(section, [TINY], Room(torch.device(device)), {"rmsnorm": {"num_warps": 4}})
+    assert one.check({"rmsnorm": {"num_warps": 4}}) is None
+    assert "not all written" in (one.check({"rmsnorm": {"num_warps": 8}}) or "")
+
+
 @pytest.mark.parametrize("pinned", [True, False])
 def test_other_bits_are_seen_and_where_rows_are_shared_refused(device: str, pinned: bool) -> None:
     truth = torch.ones(8, 8, device=device)
