@@ -48,9 +48,10 @@ def configuration() -> str:
         "The command line can be read by other users of the machine. API keys are better kept in a file (`--api-key-file`: one a line, `#`"
         " begins a comment) or in the environment (`PENSTOCK_API_KEY`, commas split; or `VLLM_API_KEY`, one key, where the former is not set).",
         "",
-        "The standard `OTEL_*` variables configure tracing. `PENSTOCK_CACHE` is the folder of compiled CPU kernels, `PENSTOCK_CC` their compiler,"
+        "The standard `OTEL_*` variables configure tracing. `PENSTOCK_CACHE` is the folder of compiled CPU kernels and of tuned tiles, `PENSTOCK_CC` the former's compiler,"
         " and `PENSTOCK_KERNELS` chooses among them: `native` (the default) has all instructions of the processor, `avx2`, `avx512` and `avx512bf16`"
         " (x86-64) have those alone, and `reference` takes torch instead;"
+        " `PENSTOCK_TILES` names the GPU's [table of tiles](tuning.md), or says `shipped`;"
         " `PENSTOCK_TRACE_HOOKS=1` prints every hook call.",
     ]
     for group, title in GROUP_TITLES.items():

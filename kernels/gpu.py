@@ -1,7 +1,7 @@
 """The Triton kernels: what there is, shapes and dtypes; and what they share.
 
-What it is: an index of `kernels/<op>/triton.py` (imported lazily, by whoever has chosen a GPU: importing them imports triton), the device table
-of tuned configurations, and the interpreter switch. Every function takes CUDA tensors, launches on the current stream, never synchronises,
+What it is: an index of `kernels/<op>/triton.py` (imported lazily, by whoever has chosen a GPU: importing them imports triton), the tuned
+configuration of each on this device (out of tables.py), and the interpreter switch. Every function takes CUDA tensors, launches on the current stream, never synchronises,
 and allocates nothing when `out` (and `workspace`, where there is one) are given: so all of them can be captured in a CUDA graph. Grids
 depend on shapes only, never on values: a captured graph replays with any lengths up to the shapes it was captured with. Unlike api.py they
 check shapes and dtypes but not values (that would synchronise): an index below 0 means "padding: read zeros, write nowhere".
@@ -69,18 +69,17 @@ slots.triton         (device state: history[S, max_len] i32, table[S, W] i32; co
 from __future__ import annotations
 
 import functools
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
 
-TUNED = Path(__file__).with_name("tuned.json")
+from penstock.kernels import tables
+
 _COMPILING: ContextVar[bool] = ContextVar("penstock_compiling", default=False)
 
 
@@ -135,28 +134,53 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _tables() -> dict[str, Any]:
-    tables: dict[str, Any] = json.loads(TUNED.read_text())
-    return tables
-
-
-@functools.cache
 def device_key() -> str:
     """The current device's name in tuned.json; "default" where it was never measured."""
     if not torch.cuda.is_available():
         return "interpreter" if interpreting() else "default"
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    return name if name in _tables() else "default"
+    name = tables.slug(torch.cuda.get_device_name())
+    return name if name in tables.shipped() else "default"
 
 
 def without_table() -> str | None:
-    """The card's name if it has no table of its own, so that kernels run in default tiles."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() and device_key() == "default" else None
+    """The card's name if it has no table of its own, shipped or the user's, so that kernels run in default tiles."""
+    if not torch.cuda.is_available() or device_key() != "default" or tables.own().table is not None:
+        return None
+    return torch.cuda.get_device_name()
+
+
+_TRIED: dict[str, tables.Tile] = {}
+
+
+@contextmanager
+def trying(tiles: Mapping[str, tables.Tile]) -> Iterator[None]:
+    """Inside, launches take these tiles in the place of all tables. For one thread at a time, while no other launches anything."""
+    before = dict(_TRIED)
+    _TRIED.update(tiles)
+    tuned.cache_clear()
+    try:
+        yield
+    finally:
+        _TRIED.clear()
+        _TRIED.update(before)
+        tuned.cache_clear()
 
 
 @functools.cache
 def tuned(kernel: str) -> dict[str, int]:
-    """The configuration shipped for this kernel on this device (measured by gpu_bench.py), else the default one. Nothing is tuned at run time."""
-    config: dict[str, int] = dict(_tables()["default"][kernel])
-    config.update(_tables().get(device_key(), {}).get(kernel, {}))
-    return config
+    """The configuration of this kernel on this device: the user's own (`penstock tune`), else the shipped one (measured by gpu_bench.py), else the default.
+    Nothing is tuned at run time."""
+    if kernel in _TRIED:
+        return dict(_TRIED[kernel])
+    return {
+        **tables.shipped()["default"][kernel],
+        **tables.shipped().get(device_key(), {}).get(kernel, {}),
+        **tables.own().tiles.get(kernel, {}),
+    }
+
+
+def forget_tables() -> None:
+    """Read all tables again when a tile is asked for next."""
+    tables.own.cache_clear()
+    device_key.cache_clear()
+    tuned.cache_clear()

@@ -648,8 +648,8 @@ def from_env(environ: Mapping[str, str] | None = None, note: Callable[[str], Non
     return out
 
 
-RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_CACHE", "PENSTOCK_CC", "PENSTOCK_KERNELS"})
-"""Read elsewhere: hooks' trace, the configuration file, and the CPU kernels' cache, compiler and choice."""
+RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_CACHE", "PENSTOCK_CC", "PENSTOCK_KERNELS", "PENSTOCK_TILES"})
+"""Read elsewhere: hooks' trace, the configuration file, the kernels' cache, the CPU kernels' compiler and choice, and the GPU's table of tiles."""
 VLLM_KEY = "VLLM_API_KEY"
 KEY_ENV = (VLLM_KEY, "PENSTOCK_API_KEY")
 

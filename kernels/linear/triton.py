@@ -167,7 +167,8 @@ def _skinny_config(n: int) -> dict[str, int]:
 
 def workspace_elements(n: int) -> int:
     """float32 elements that a workspace for weights of up to n rows must have. Zero-fill it once; calls on one stream may share it."""
-    return COUNTERS + tuned("linear.skinny")["MAX_SPLITS"] * SKINNY * n
+    most = max(tuned(name)["MAX_SPLITS"] for name in ("linear.skinny", "linear.skinny.wide"))
+    return COUNTERS + most * SKINNY * n
 
 
 def skinny(

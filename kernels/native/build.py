@@ -1,7 +1,7 @@
 """Compile the C sources beside this file into shared libraries, once per machine and version.
 
-What it is: `build()`: the path of a library (the kernels, or another NAME.c) in the user's cache ($PENSTOCK_CACHE, else $XDG_CACHE_HOME/penstock or ~/.cache/penstock),
-keyed by the sources, the compiler's version, the CPU's flags and the variant: all that this CPU has, or one of VARIANTS. The file appears by an atomic rename, so that processes that start
+What it is: `build()`: the path of a library (the kernels, or another NAME.c) in the user's cache (kernels/cache.py), keyed by the sources, the compiler's version, the CPU's flags
+and the variant: all that this CPU has, or one of VARIANTS. The file appears by an atomic rename, so that processes that start
 together may all build it. No OpenMP: the library brings its own helpers (team.h says why), and torch's runtime stays the only one.
 What it does not know: the library's functions.
 """
@@ -12,10 +12,11 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
+
+from penstock.kernels import cache
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fopenmp-simd", "-Wall")
@@ -43,17 +44,7 @@ def compilers() -> list[str]:
 
 def cache_directory() -> Path:
     """A directory that only this user can write; a private temporary one where the cache cannot be used."""
-    base = os.environ.get("PENSTOCK_CACHE")
-    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
-    path = root / "kernels"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(path, os.W_OK):
-            return path
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="penstock-kernels-"))
+    return cache.directory("kernels") or Path(tempfile.mkdtemp(prefix="penstock-kernels-"))
 
 
 def cpu_flags() -> str:

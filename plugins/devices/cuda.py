@@ -19,6 +19,7 @@ import torch
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
 from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
+from penstock.kernels import gpu, tables
 from penstock.kernels.attention.codes import KINDS
 from penstock.plugins.devices import cpu
 from penstock.plugins.devices.drafting import load_drafters, most_drafts, trees_of
@@ -27,6 +28,7 @@ from penstock.plugins.devices.loading import choose, fingerprint, load_model
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.runner import DeviceRunner, padded_rows
 from penstock.plugins.models.config import check_max_len, default_max_len
+from penstock.version import __version__
 
 log = logging.getLogger("penstock.cuda")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,15 +76,39 @@ class CudaDevice:
 
 def triton_ops(facts: ModelFacts, device: torch.device, *, max_rows: int, deterministic: bool) -> DeviceOps:
     """The kernels' operations; imports triton."""
-    from penstock.kernels import gpu
     from penstock.plugins.devices.triton_ops import TritonOps
 
-    if (card := gpu.without_table()) is not None:
+    say_tables()
+    return TritonOps(facts, device, max_rows=max_rows, deterministic=deterministic)
+
+
+def own_tiles(device: torch.device) -> list[tuple[str, dict[str, int]]]:
+    """Of the user's own table: other tiles may mean other last bits. The shipped ones belong to the version."""
+    return sorted(tables.own().tiles.items()) if device.type == "cuda" else []
+
+
+def say_tables() -> None:
+    """Which tiles the kernels run in, and what is wrong with the user's own table."""
+    own = tables.own()
+    if own.problem is not None:
+        log.warning("%s Until then kernels run in shipped tiles.", own.problem)
+    if own.table is not None:
+        log.info("tiles of %s: %s", own.table.path, ", ".join(sorted(own.table.tiles)) or "none better than the shipped ones")
+        others = [
+            f"{name} {own.table.facts.get(name.lower())}, not {now}"
+            for name, now in (("Penstock", __version__), ("Triton", tables.triton_version()))
+            if own.table.facts.get(name.lower()) != now
+        ]
+        if others:
+            log.info("these tiles were measured with %s: `penstock tune` looks whether there are better ones now", " and ".join(others))
+    elif (card := gpu.without_table()) is not None:
         log.warning(
-            "%s has no tiles of its own in kernels/tuned.json: kernels run in default ones. On an H100 these took a fifth longer for one row of decode.",
+            "%s has no tiles of its own: kernels run in default ones. On an H100 these took a fifth longer for one row of decode."
+            " `penstock tune` measures better ones in minutes, once.",
             card,
         )
-    return TritonOps(facts, device, max_rows=max_rows, deterministic=deterministic)
+    else:
+        log.info("tiles: those shipped for this card")
 
 
 def load(
@@ -134,7 +160,7 @@ def load(
         dtype=choice.dtype_name,
         torch_dtype=choice.dtype,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(*parts, *trees_of(config), checkpoint),
+        fingerprint=fingerprint(*parts, *own_tiles(lane.device), *trees_of(config), checkpoint),
         graphs=graphs,
         depth=depth,
         kv_dtype=choice.kv_name,

@@ -96,7 +96,12 @@ def test_wrong_values_name_the_option(layer: dict[str, object], param: str, hint
 
 
 def test_variables_that_others_read_are_not_options() -> None:
-    assert cfg.from_env({"PENSTOCK_CC": "clang", "PENSTOCK_KERNELS": "reference", "PENSTOCK_CACHE": "/x", "HOME": "/h"}) == {}
+    assert (
+        cfg.from_env(
+            {"PENSTOCK_CC": "clang", "PENSTOCK_KERNELS": "reference", "PENSTOCK_CACHE": "/x", "PENSTOCK_TILES": "/t", "HOME": "/h"}
+        )
+        == {}
+    )
 
 
 LINKS = {  # as the Kubernetes documentation has them, for services named penstock and penstock-api

@@ -73,8 +73,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(InterpreterBuilder, "create_dot", _row_by_row)
         from penstock.kernels import gpu
 
-        gpu.device_key.cache_clear()
-        gpu.tuned.cache_clear()
+        gpu.forget_tables()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(11)

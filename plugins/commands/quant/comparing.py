@@ -143,7 +143,7 @@ class Loaded:
     ) -> None:
         """`quantizer`: in place of the checkpoint's own, or `wrap` makes one of it; `head`: a word of --lm-head-quantization; `kv_cache_dtype`: as in
         RunnerConfig. Raises ConfigError, CheckpointError or UnsupportedFeature."""
-        config = _config(path, quantization, dtype, head, kv_cache_dtype)
+        config = runner_config(path, quantization, dtype, head, kv_cache_dtype)
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
         self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against), choice.facts.architecture)
         rounding = None if choice.rounding is None else Watched(choice.rounding, _checkpoint(against), choice.facts.architecture)
@@ -198,7 +198,8 @@ class Loaded:
         return self.model.step(self._ops, caches, columns)
 
 
-def _config(path: Path, quantization: str | None, dtype: str, head: str | None, kv_cache_dtype: str) -> RunnerConfig:
+def runner_config(path: Path, quantization: str | None, dtype: str, head: str | None, kv_cache_dtype: str) -> RunnerConfig:
+    """Of a model that is only looked at, on the host."""
     return RunnerConfig(
         model_path=str(path.absolute()),
         dtype=dtype,

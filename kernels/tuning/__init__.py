@@ -1,0 +1,1 @@
+"""Tiles for a card that has none: what `penstock tune` measures, and which tile may win."""
