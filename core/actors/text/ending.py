@@ -39,6 +39,7 @@ class Ending:
         desk = self._desk
         now = desk.clock.now_ns()
         desk.ledger.remove(request)
+        self._settle(request)
         if not request.started:
             desk.admission.leave(request.queued_tokens)
         if request.lane is not None:
@@ -63,6 +64,13 @@ class Ending:
         self._measure(request, now, times)
         if request.traced:
             self._record(request, now)
+
+    def _settle(self, request: Request, *, refused: bool = False) -> None:
+        """With its tenant's limits."""
+        charge, tenants = request.charge, self._desk.tenants
+        if charge is not None and tenants is not None:
+            request.charge = None
+            tenants.settle(charge, refused=refused, prompt=len(request.prompt), cached=request.cached, output=request.output_tokens)
 
     def _record(self, request: Request, now_ns: int) -> None:
         """Its spans, once the engine has said all of it."""
@@ -118,6 +126,7 @@ class Ending:
         refusal if it has heard nothing yet, and its streams' last row otherwise."""
         if not request.choices:
             self._desk.ledger.remove(request)
+            self._settle(request, refused=True)
             self._desk.admission.leave(request.queued_tokens)
             yield from self._tell(request, self._desk.refusal(request.key, error))
             return

@@ -35,7 +35,7 @@ from penstock.core.protocol.errors import (
     StreamExists,
     described,
 )
-from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
+from penstock.core.protocol.messages import Answer, Counted, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import To
 
@@ -71,6 +71,10 @@ class Intake:
                 raise InvalidRequest(f"Request key {message.key} is in use.")
             facts = self._open_facts()
             resolve.check_submit(message, pool.names)
+            account = desk.tenants.account(message) if desk.tenants is not None else None
+            if account is not None:
+                account.check_model(message.model or pool.names[0])
+                facts = account.facts(facts)
             pool.formats.check(message)
             params = resolve.sampling_of(message, pool.defaults, desk.config, facts.vocab_size)
             resolve.check_beam(message, params, facts, pool.receiver.ends)
@@ -81,6 +85,8 @@ class Intake:
             owner = message.tenant or message.peer
             if message.chat_template:
                 desk.admission.check_template(owner)
+            if account is not None and desk.tenants is not None:
+                desk.tenants.check(account, message)
             request = Request(message, params, pool.series, now)
             if message.retain_s:
                 request.kept = desk.streams.open(request)
@@ -93,6 +99,9 @@ class Intake:
         request.root_hash = pool.root_hash(request, facts)
         if params.prompt_logprobs is not None and message.tells:
             request.told = self._tellers.of(message)
+        if account is not None and desk.tenants is not None:
+            request.charge = desk.tenants.enter(account, message)
+            request.priority = account.priority(message.priority)
         desk.ledger.add(request)
         desk.admission.enter()
         if message.chat_template:
@@ -164,6 +173,8 @@ class Intake:
             if message.error:
                 raise queries.error_of(message)
             self._complete(owner, message, facts)
+            if owner.charge is not None and (standing := owner.charge.account.standing()) is not None:
+                yield To(Counted(key=owner.key, standing=standing), owner.edge)
             if obeys(owner.submit):
                 owner.obeyed = self._pool.formats.grammar(owner)
             else:
@@ -195,12 +206,18 @@ class Intake:
         """Fill in what the prompt decides. Raises what the client is told."""
         submit, params, pool = request.submit, request.params, self._pool
         prompt = message.ids
+        charge = request.charge
+        if charge is not None:
+            facts = charge.account.facts(facts)
         resolve.check_prompt(prompt, facts.vocab_size, pool.tokenizer.token_text, resolve.prompt_name(submit))
         resolve.check_words(message.bad_words_ids, facts.vocab_size)
         if request.told is not None:
             request.told.add(len(prompt), params, submit)
         request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit)
         self._desk.admission.check_tokens(len(prompt), self._desk.clock.now_ns())
+        if charge is not None and self._desk.tenants is not None:
+            asked = request.max_tokens * params.n if "max_tokens" in submit.explicit else 0
+            self._desk.tenants.measure(charge, len(prompt), asked)
         changes: dict[str, Any] = {}
         if params.seed is None:
             changes["seed"] = self._rng.getrandbits(63)
