@@ -271,7 +271,7 @@ def test_a_tenants_context_is_a_context(limited: Any) -> None:
     assert [(m.key, len(m.prompt), m.max_tokens) for m in bench.engine] == [(1, 60, 40), (4, 3000, 1096), (5, 99, 1)]
     for key in (2, 3):
         assert (bench.rejected[key].status, bench.rejected[key].code) == (400, "context_length_exceeded")
-        assert "100 tokens" in bench.rejected[key].message
+        assert "acme's maximum context length is 100 tokens" in bench.rejected[key].message
 
 
 def test_other_models_do_not_exist(limited: Any) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from penstock.core.actors.text.resolve import MODELS
 from penstock.core.protocol.control import EngineFacts, Spent
 from penstock.core.protocol.errors import BudgetExceeded, ModelNotFound, RateLimited, RequestsExceeded, TokensExceeded
 from penstock.core.protocol.standing import Standing, Window
@@ -132,6 +133,10 @@ class Account:
     def priority(self, asked: int) -> int:
         """That of its class; a request may let others go first, and not put itself before them."""
         return self.limits.priority + max(0, asked) if self.limits.klass else asked
+
+    def whose(self, facts: EngineFacts) -> str:
+        """The context by which its requests are measured, for errors."""
+        return MODELS if self.facts(facts) is facts else f"{self.name}'s"
 
     # --- the life of a prompt
 
