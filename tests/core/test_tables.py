@@ -17,7 +17,7 @@ from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import build
 from penstock.core.protocol.control import Spent
 from penstock.core.protocol.errors import ConfigError
-from penstock.core.protocol.tables import SCOPES, KeyTable, Principal, Read, digest_of, read_tables
+from penstock.core.protocol.tables import FIELDS, SCOPES, KeyTable, Principal, Read, digest_of, read_tables
 from penstock.core.protocol.tenants import Price, Tenant, TenantTable, mark_of
 
 DIGEST = sha256(b"sk-ada").hexdigest()
@@ -154,6 +154,21 @@ def test_limits_go_to_text_with_marks_and_without_anything_of_a_key(tmp_path: Pa
         "weight of [tenants.acme] has no effect yet",
         "names models that are not served: org/other:7b",
     ]
+
+
+def test_the_pages_example_is_right_and_the_page_names_every_field(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tables.md").read_text(encoding="utf-8")
+    text = page.split("```toml")[1].split("```")[0]
+    text = re.sub("[0-9a-f]{4}…", lambda found: digest_of(found.group().encode()), text)
+    key = tmp_path / "ci.key"
+    key.write_text("sk-ci")
+    key.chmod(0o600)
+    found, notes = limits_of(text, tmp_path, served=["brook"])
+    assert notes == []
+    assert found.tenants.tenants.keys() == {"acme", "lab"}
+    for fields in FIELDS.values():
+        for field in fields:
+            assert f"`{field}`" in page, field
 
 
 def test_a_priority_that_nobody_looks_at_is_noted(tmp_path: Path) -> None:

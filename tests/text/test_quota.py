@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.actors.text.quota import MINUTE, Bucket, _period_left_s
+from penstock.core.actors.text.quota import MINUTE, Account, Bucket, Charge, Moment, _period_left_s
 from penstock.core.actors.text.tenants import REVOKED
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Message, Spending, Spent, Tables
+from penstock.core.protocol.errors import RateLimited
 from penstock.core.protocol.messages import LENGTH, RUNNING, Abort, Admit, Cancel, Counted, PeerDown, Rejected, TextReady, Tick, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.standing import Standing, Window
@@ -126,6 +127,62 @@ def test_no_window_of_any_length_gives_more_than_a_bucketful_and_what_flows_in(p
 )
 def test_when_a_budget_begins_anew(kind: str, wall_s: int, left: float | None) -> None:
     assert _period_left_s(kind, wall_s * S) == left
+
+
+PRICE = Price(input=3, output=7, cached=1)
+STEPS = st.tuples(st.sampled_from(["in", "measure", "refuse", "end", "wait", "resize"]), st.integers(0, 10**6), st.integers(0, 300))
+
+
+@given(st.lists(STEPS, max_size=80))
+def test_whatever_happens_everything_held_comes_back_and_all_that_was_used_is_counted(steps: list[tuple[str, int, int]]) -> None:
+    account, at = Account("acme"), Moment(0, 0)
+    limits = Tenant(
+        requests_per_minute=20, tokens_per_minute=2000, concurrency=4, budget_tokens=10**9, budget_pusd=10**15, budget_period="total"
+    )
+    account.take(limits, at)
+    inside: list[tuple[Charge, int]] = []
+    spent = [0, 0]
+
+    def end(charge: Charge, prompt: int, output: int, refused: bool) -> None:
+        cached = prompt // 2
+        account.settle(charge, refused=refused, prompt=prompt, cached=cached, output=output, at=at)
+        if not refused:
+            spent[0] += prompt + output
+            spent[1] += (prompt - cached) * 3 + cached + output * 7
+
+    for group, (what, pick, size) in enumerate(steps):
+        if what == "in":
+            try:
+                account.check(group, first=True, at=at)
+            except RateLimited:
+                continue
+            inside.append((account.enter(group, PRICE, first=True), 0))
+        elif what == "wait":
+            at = Moment(at.now_ns + pick * 10**5, at.wall_ns)
+        elif what == "resize":
+            account.take(msgspec.structs.replace(limits, tokens_per_minute=pick % 5 * 1000, requests_per_minute=pick % 3 * 20), at)
+        elif inside:
+            charge, prompt = inside.pop(pick % len(inside))
+            if what == "measure" and not prompt:
+                try:
+                    account.measure(charge, size + 1, size, at)
+                except RateLimited:
+                    end(charge, 0, 0, refused=True)
+                else:
+                    inside.append((charge, size + 1))
+            else:
+                end(charge, prompt, size if prompt else 0, refused=what == "refuse")
+        assert account.running == len(inside) <= 4
+    for charge, prompt in inside:
+        end(charge, prompt, 5, refused=False)
+    assert account.running == account._held_tokens == account._held_pusd == 0
+    assert [account.spent().tokens, account.spent().pusd] == spent
+    account.take(limits, at)
+    account.check(0, first=False, at=Moment(at.now_ns + 10**6 * MINUTE, 0))
+    found = account.standing()
+    assert found is not None
+    assert found.requests == Window(limit=20, remaining=20, reset_s=0.0)
+    assert found.tokens == Window(limit=2000, remaining=2000, reset_s=0.0)
 
 
 # ------------------------------------------------------------------ requests a minute
