@@ -47,11 +47,13 @@ FIELDS = {
     "classes": CLASS_FIELDS,
     "prices": PRICE_FIELDS,
 }
-NO_EFFECT_YET = (("classes", "ttft_ms"), ("classes", "itl_ms"), ("tenants", "weight"))
+NO_EFFECT_YET = (("tenants", "weight"),)
 """Fields that are checked, and of which the log says at each reading that nothing depends on them yet."""
 DEFAULT_SCOPES = frozenset({INFERENCE})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of keys, tenants and tiers: they go into logs and traces as they are."""
+STANDARD = "standard"
+"""The class of tenants that have none, in metrics."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -122,6 +124,8 @@ class _Reader:
             if name not in TABLES:
                 raise self._wrong(f"{name!r} is not a known table.{nearest(name, TABLES)}")
         classes = {name: read_class(f"[classes.{name}]", table, self._wrong) for name, table in self._tables(raw, "classes")}
+        if STANDARD in classes:
+            raise self._wrong(f"[classes.{STANDARD}]: that is what metrics call the class of those that have none. Choose another name.")
         prices = {name: read_price(f'[prices."{name}"]', table, self._wrong) for name, table in self._tables(raw, "prices")}
         rights: dict[str, dict[str, Any]] = {}
         tenants: dict[str, Tenant] = {}
@@ -146,7 +150,7 @@ class _Reader:
         marks = {principal.mark: principal.tenant for principal in keys.values() if principal.may(INFERENCE)}
         self._check_money(tenants, prices)
         self._tell(raw, classes, tenants, prices)
-        return Read(KeyTable(keys=keys), TenantTable(tenants=tenants, marks=marks, prices=prices))
+        return Read(KeyTable(keys=keys), TenantTable(tenants=tenants, marks=marks, prices=prices, classes=classes))
 
     def _own(self, digest: str, at: str) -> None:
         if digest in self._owners:

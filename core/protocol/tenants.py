@@ -89,6 +89,7 @@ class TenantTable(msgspec.Struct, frozen=True, kw_only=True):
     tenants: dict[str, Tenant]
     marks: dict[str, str]
     prices: dict[str, Price] = {}
+    classes: dict[str, SloClass] = {}
 
 
 def mark_of(digest: str) -> str:

@@ -18,7 +18,7 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.control import Spent
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.tables import FIELDS, SCOPES, KeyTable, Principal, Read, digest_of, read_tables
-from penstock.core.protocol.tenants import Price, Tenant, TenantTable, mark_of
+from penstock.core.protocol.tenants import Price, SloClass, Tenant, TenantTable, mark_of
 
 DIGEST = sha256(b"sk-ada").hexdigest()
 
@@ -141,6 +141,7 @@ def test_limits_go_to_text_with_marks_and_without_anything_of_a_key(tmp_path: Pa
         "brook": Price(input=150_000, output=600_000, cached=75_000),
         "org/other:7b": Price(input=1_000_000, output=0, cached=1_000_000),
     }
+    assert found.tenants.classes == {"interactive": SloClass(ttft_ms=300, itl_ms=40.5, priority=-10)}
     body = msgspec.msgpack.encode(found.tenants)
     assert not [digest for digest in (one, two, ops) if digest.encode() in body]
     assert msgspec.msgpack.decode(body, type=TenantTable) == found.tenants
@@ -149,8 +150,6 @@ def test_limits_go_to_text_with_marks_and_without_anything_of_a_key(tmp_path: Pa
     )
     assert found.keys.keys[ops].key_id == "ops"
     assert [note.partition(": ")[2] for note in notes] == [
-        "ttft_ms of [classes.interactive] has no effect yet",
-        "itl_ms of [classes.interactive] has no effect yet",
         "weight of [tenants.acme] has no effect yet",
         "names models that are not served: org/other:7b",
     ]
@@ -224,6 +223,7 @@ def tenant(line: str) -> str:
         ("[classes.c]\nitl_ms = 'fast'\n", "[classes.c]: itl_ms must be a number above 0"),
         ("[classes.c]\npriority = 1.5\n", "[classes.c]: priority must be a whole number"),
         ("[classes.c]\npriority = 65_537\n", "[classes.c]: priority must be a whole number"),
+        ("[classes.standard]\n", "[classes.standard]: that is what metrics call the class of those that have none."),
         ("[classes]\nc = 1\n", "[classes]: 'c' stands outside of a table [classes.NAME]"),
         ("[classes.'a b']\n", "[classes.a b]: the name must be letters"),
         ("[prices.x]\ninput = 1\n", '[prices."x"]: output is missing'),

@@ -19,14 +19,17 @@ from penstock.core.protocol.errors import RateLimited
 from penstock.core.protocol.messages import LENGTH, RUNNING, Abort, Admit, Cancel, Counted, PeerDown, Rejected, TextReady, Tick, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.standing import Standing, Window
-from penstock.core.protocol.tenants import PICO, Price, Tenant, TenantTable
+from penstock.core.protocol.tenants import PICO, Price, SloClass, Tenant, TenantTable
 
 S = 10**9
 
 
+FAST = SloClass(ttft_ms=15, itl_ms=10)
+
+
 def tables(generation: int = 1, *, spent: list[Spent] | None = None, prices: dict[str, Price] | None = None, **tenants: Tenant) -> Tables:
     """Each tenant has the key whose mark is its name."""
-    table = TenantTable(tenants=tenants, marks={name: name for name in tenants}, prices=prices or {})
+    table = TenantTable(tenants=tenants, marks={name: name for name in tenants}, prices=prices or {}, classes={"fast": FAST})
     return Tables(generation=generation, body=msgspec.msgpack.encode(table), spent=spent or [])
 
 
@@ -345,10 +348,31 @@ def test_other_models_do_not_exist(limited: Any) -> None:
 
 
 def test_a_class_decides_who_goes_first_and_a_request_can_only_let_others_go(limited: Any) -> None:
-    bench = limited(acme=Tenant(klass="interactive", priority=-5), plain=Tenant(concurrency=9))
+    bench = limited(acme=Tenant(klass="fast", priority=-5), plain=Tenant(concurrency=9))
     for key, (tenant, asked) in enumerate([("acme", 0), ("acme", -100), ("acme", 3), ("plain", -7)]):
         ask(bench, key, tenant, priority=asked)
     assert [m.priority for m in bench.engine if isinstance(m, Admit)] == [-5, -5, -2, -7]
+
+
+def test_each_class_has_its_figures_and_what_it_was_to_get_is_compared(limited: Any) -> None:
+    bench = limited(acme=Tenant(klass="fast"), plain=Tenant(concurrency=9))
+    ask(bench, 1)
+    answer(bench, 1, 5)  # a token each 10 ms
+    ask(bench, 2)
+    bench.clock.advance(0.01)
+    answer(bench, 2, 1)
+    ask(bench, 3, "plain")
+    answer(bench, 3, 2)
+    value = bench.actor.metrics.value
+    assert [value("slo_requests", "fast", "ttft", met) for met in ("true", "false")] == [1, 1]
+    assert [value("slo_requests", "fast", "itl", met) for met in ("true", "false")] == [1, 0]
+    assert [value("slo_target_seconds", "fast", objective) for objective in ("ttft", "itl")] == [0.015, 0.01]
+    page = bench.query("metrics").body.decode()
+    for of, count in (("fast", 2), ("standard", 1)):
+        assert f'penstock_time_to_first_token_seconds_count{{model="trained",class="{of}"}} {count}' in page
+    assert 'penstock_requests_finished_total{reason="length"} 3' in page
+    bench.send(Tables(generation=2, body=msgspec.msgpack.encode(TenantTable(tenants={}, marks={}))))
+    assert "penstock_slo_target_seconds{" not in bench.query("metrics").body.decode()
 
 
 # ------------------------------------------------------------------ budgets

@@ -373,6 +373,12 @@ class TextActor:
         if tenants is None:
             return
         early = tenants.take(message)
+        self.metrics.forget("slo_target_seconds")
+        for name, slo in tenants.classes.items():
+            self.metrics.know(name)
+            for objective, ms in (("ttft", slo.ttft_ms), ("itl", slo.itl_ms)):
+                if ms:
+                    self.metrics.set("slo_target_seconds", ms / 1e3, name, objective)
         for request in [one for one in self.ledger.requests.values() if not tenants.good(one.submit.key_mark)]:
             lane = request.lane
             yield from self._ending.abandon(request, Unauthorized(REVOKED))

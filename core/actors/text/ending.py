@@ -18,6 +18,7 @@ from penstock.core.actors.text.pool import Pool
 from penstock.core.contract.hookspecs import RequestSummary
 from penstock.core.protocol.errors import Cancelled, PenstockError
 from penstock.core.protocol.messages import Finished, Rejected
+from penstock.core.protocol.tenants import SloClass
 from penstock.core.runtime.actor import To
 
 
@@ -163,6 +164,15 @@ class Ending:
         for request in list(self._desk.ledger.requests.values()):
             yield from self.abandon(request, error, finish=finish)
 
+    def _judge(self, request: Request, slo: SloClass, gap_s: float | None) -> None:
+        """Did it get what its class is to get? `gap_s`: the mean between its tokens; None: there was one alone."""
+        count = self._desk.metrics.count
+        if slo.ttft_ms:
+            met = request.first_ns - request.received_ns <= slo.ttft_ms * 1e6
+            count("slo_requests", request.class_, "ttft", "true" if met else "false")
+        if slo.itl_ms and gap_s is not None:
+            count("slo_requests", request.class_, "itl", "true" if gap_s * 1e3 <= slo.itl_ms else "false")
+
     def _measure(self, request: Request, now_ns: int, times: tuple[int, int, int]) -> None:
         desk, series = self._desk, request.series
         queue, prefill, decode = (ns / 1e9 for ns in times)
@@ -188,6 +198,8 @@ class Ending:
             series.params_n.observe(request.params.n)
             if request.params.max_tokens is not None:
                 series.params_max.observe(request.params.max_tokens)
+            if request.slo is not None:
+                self._judge(request, request.slo, decode / (longest - 1) if longest > 1 else None)
         total = (now_ns - request.received_ns) / 1e9
         if desk.log is not None:
             desk.log.debug(

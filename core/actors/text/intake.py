@@ -87,7 +87,9 @@ class Intake:
                 desk.admission.check_template(owner)
             if account is not None and desk.tenants is not None:
                 desk.tenants.check(account, message)
-            request = Request(message, params, pool.series, now)
+            class_ = account.limits.klass if account is not None else ""
+            series = desk.metrics.of(pool.names[0], class_) if class_ else pool.series
+            request = Request(message, params, series, now)
             if message.retain_s:
                 request.kept = desk.streams.open(request)
             elif desk.streams.find(message.rid, message.tenant) is not None:
@@ -102,6 +104,7 @@ class Intake:
         if account is not None and desk.tenants is not None:
             request.charge = desk.tenants.enter(account, message)
             request.priority = account.priority(message.priority)
+            request.class_, request.slo = class_, desk.tenants.classes.get(class_)
         desk.ledger.add(request)
         desk.admission.enter()
         if message.chat_template:

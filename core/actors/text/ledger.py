@@ -23,6 +23,7 @@ from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.messages import Admit, Grammar, ParkCause, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.tenants import SloClass
 from penstock.core.telemetry.series import Series
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Request:
         "cached",
         "charge",
         "choices",
+        "class_",
         "drafted",
         "edge",
         "encode_end_ns",
@@ -149,6 +151,7 @@ class Request:
         "root_hash",
         "scheduled_ns",
         "series",
+        "slo",
         "started",
         "state",
         "stream",
@@ -182,6 +185,9 @@ class Request:
         """Where it waits or runs, once it is encoded."""
         self.queued_tokens = 0
         """What admission counts for it, while it waits."""
+        self.class_ = ""
+        """Its tenant's, if that has one; `slo` says what it is to get."""
+        self.slo: SloClass | None = None
         self.charge: Charge | None = None
         """What it holds of its tenant's limits; None: there are none, or it has been settled."""
         self.choices: list[Choice] = []

@@ -13,7 +13,7 @@ from penstock.core.actors.text.quota import FREE, Account, Charge, Moment
 from penstock.core.protocol.control import Spending, Tables
 from penstock.core.protocol.errors import Unauthorized
 from penstock.core.protocol.messages import Submit
-from penstock.core.protocol.tenants import Price, Tenant, TenantTable
+from penstock.core.protocol.tenants import Price, SloClass, Tenant, TenantTable
 from penstock.core.runtime.clock import Clock
 
 REVOKED = "The API key of this request was revoked. Send it again with one that is valid."
@@ -33,6 +33,8 @@ class Tenants:
         self._accounts: dict[str, Account] = {}
         """All that ever had some."""
         self._prices: dict[str, Price] = {}
+        self.classes: dict[str, SloClass] = {}
+        """By name."""
         self._spending: set[str] = set()
         self._early: list[Submit] = []
 
@@ -43,7 +45,7 @@ class Tenants:
         before = {row.tenant: row for row in message.spent}
         self.generation = message.generation
         table = msgspec.msgpack.decode(message.body, type=TenantTable)
-        self._marks, self._prices = table.marks, table.prices
+        self._marks, self._prices, self.classes = table.marks, table.prices, table.classes
         at, limited = self._now(), {}
         for name, limits in table.tenants.items():
             if limits != UNLIMITED:
