@@ -64,7 +64,10 @@ def test_tokens_of_one_step_have_no_gap_between_them(bench: Any) -> None:
     bench.rows([(seq, incarnation, n, token, RUNNING) for n, token in enumerate(tokens[3:], 3)])
     got = scrape(bench)
     assert got["penstock_tokens_total"][(("source", "generated"),)] == 5
-    gaps = {name: got[f"penstock_inter_token_latency_seconds_{name}"][(("class", "standard"), ("model", "trained"))] for name in ("count", "sum")}
+    gaps = {
+        name: got[f"penstock_inter_token_latency_seconds_{name}"][(("class", "standard"), ("model", "trained"))]
+        for name in ("count", "sum")
+    }
     assert gaps == {"count": 1, "sum": pytest.approx(0.01)}
     assert bench.received[1, 0].text == bench.tokenizer.decode(tokens, skip_special_tokens=True)
 
