@@ -9,10 +9,9 @@ from typing import Any
 import grpc
 import openai
 import pytest
-from edge_kit import Edge, delta, finished, hello_script, silent
+from edge_kit import Edge, delta, finished, hello_script, silent, take
 from grpc_kit import Client, failed
 from socket_kit import CHATS, HI, dial, say, until_end
-from test_tables import CHAT, take
 
 from penstock.core.protocol.messages import Counted, Message, Rejected, Submit
 from penstock.core.protocol.standing import Standing, Window
@@ -32,6 +31,7 @@ KEYS = {
     b"sk-ada": Principal(tenant="lab", key_id="ada", scopes=frozenset({"inference"}), mark="m-ada", models=["brook"]),
     b"sk-bob": Principal(tenant="other", key_id="bob", scopes=frozenset({"inference"}), mark="m-bob", models=["none"]),
 }
+CHAT = {"model": "brook", "messages": HI["messages"]}
 MESSAGES = {"model": "brook", "max_tokens": 9, "messages": CHAT["messages"]}
 SURFACES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", CHAT),
