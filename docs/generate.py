@@ -233,8 +233,9 @@ def metrics() -> str:
     rows += [(f"penstock_{name}_total", "counter", ("engine",), text, "") for name, (_, text) in telemetry.ENGINE_COUNTERS.items()]
     rows.append((f"penstock_{telemetry.PLACES[0]}_total", "counter", ("engine", "position"), telemetry.PLACES[1], ""))
     rows += [(f"penstock_{name}", "gauge", labels, text, "") for name, (labels, text) in telemetry.GAUGES.items()]
-    for own, _, theirs, _, text in telemetry.HISTOGRAMS.values():
-        rows.append((f"penstock_{own}", "histogram", ("model",), text, f"`vllm:{theirs}`" if theirs else ""))
+    for kept, (own, _, theirs, _, text) in telemetry.HISTOGRAMS.items():
+        of = ("model",) if kept == telemetry.STEP_TOKENS else ("model", "class")
+        rows.append((f"penstock_{own}", "histogram", of, text, f"`vllm:{theirs}`" if theirs else ""))
     for name, (kind, edge_labels, text) in telemetry.EDGE_METRICS.items():
         rows.append((name, kind, edge_labels, text, ""))
     for name, kind, labels, text, theirs in sorted(rows):

@@ -56,7 +56,7 @@ WHEN: dict[str, str] = {
     " 415: content type or content encoding. 501: a transfer coding that is not chunked.",
     "context_length_exceeded": "The prompt, or it and the answer that was asked for, do not fit the context. The message has the numbers.",
     "unsupported_feature": "A field, or a value of one, that would change the answer and does not exist here.",
-    "invalid_api_key": "No valid key was sent.",
+    "invalid_api_key": "No valid key was sent, or it was revoked meanwhile: a stream ends with this error then.",
     "insufficient_scope": "The key's scopes ([tables](tables.md)) do not hold this endpoint.",
     "model_not_found": "No such model; the message lists those that there are.",
     "not_found": "Nothing at this path.",
@@ -65,6 +65,9 @@ WHEN: dict[str, str] = {
     "request_too_large": "The body, or a field of it, is beyond a limit (below). 431: the headers are. The message has the numbers.",
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
     f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503, and it is one where the text process does not keep up.",
+    "rate_limit_exceeded": "The tenant has used its requests or tokens a minute, or its requests at once ([tables](tables.md#limits)). The type is `requests`, `tokens` or"
+    " `rate_limit_error`. Without Retry-After (and with `x-should-retry: false`) the prompt has more tokens than a minute has.",
+    "budget_exceeded": "The tenant has spent its budget ([tables](tables.md#budgets)). Retry-After tells when the next period begins; a budget that is not renewed has `x-should-retry: false` instead.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
     "store_full": "The server keeps as much as it may (--store-max-bytes, --store-max-rows, --max-files, --max-files-bytes) and nothing of that may be dropped.",
     "store_unavailable": "What the server keeps cannot be read or written: a full disk, a server that ends.",
@@ -669,6 +672,8 @@ def page() -> str:
         "| `traceparent` | where there is a trace: the request's, or with tracing the server's span |",
         "| `x-penstock-ignored-fields`, `x-penstock-warning` | fields were ignored: their names alone, and as a sentence |",
         "| `retry-after` | 429, 503 |",
+        "| `x-should-retry: false` | a 429 that waiting does not help (OpenAI's and Anthropic's clients obey it) |",
+        "| `x-ratelimit-limit-requests`, `x-ratelimit-remaining-requests`, `x-ratelimit-reset-requests`, and the same of `tokens` | replies to tenants with such [limits](tables.md#limits), and their 429 |",
         "| `allow` | 405, OPTIONS |",
         "| `www-authenticate` | 401 |",
         "| `accept-encoding` | 415 for an encoding |",

@@ -156,7 +156,7 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
     async def count_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
         check_version(context_of(request.scope).headers)
         model, question = await surface.understood(await surface.body(request), parse_count, config, gateway.limits)
-        await find_model(gateway, model)
+        await find_model(gateway, model, context_of(request.scope).principal)
         answer = await gateway.query("tokenize", question, model=model)
         if answer.status != 200:
             raise failure_of(answer)

@@ -260,7 +260,7 @@ class Work:
             reply = await ask(self._bench.app, url, body, self._record.tenant, self._bench.places.asking)
             if not reply.headers.get(b"content-type", b"").startswith(b"application/json"):
                 raise RuntimeError(f"{url} did not answer in JSON")
-            if reply.status not in BUSY or b'"store_full"' in reply.body:
+            if reply.status not in BUSY or b'"store_full"' in reply.body or reply.headers.get(b"x-should-retry") == b"false":
                 return reply
             told = reply.headers.get(b"retry-after", b"")
             await asyncio.sleep(max(pause, min(float(told), 60.0) if told.isdigit() else 0.0))

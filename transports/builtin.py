@@ -19,6 +19,7 @@ from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Answer, Limits
+from penstock.core.protocol.tables import Principal
 from penstock.transports.anthropic import anthropic_routes
 from penstock.transports.anthropic_models import ANTHROPICS, model_json, models_page, read_query, speaks_anthropic
 from penstock.transports.anthropic_models import QUERY as MODELS_QUERY
@@ -34,7 +35,7 @@ from penstock.transports.openai_schema import ChatRequest, CompletionRequest, De
 from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
 from penstock.transports.playground.routes import playground_routes
-from penstock.transports.questions import failure_of, find_model
+from penstock.transports.questions import failure_of, find_model, models_for
 from penstock.transports.request import JsonReply, context_of, error_reply, ignored_header
 from penstock.transports.responses_routes import responses_routes
 from penstock.transports.socket import socket_routes
@@ -127,31 +128,27 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     async def models(request: AnyRequest) -> ASGIApp:
         anthropic = speaks_anthropic(context_of(request.scope).headers)
         asked = read_query(request.scope, anthropic=anthropic)
-        answer = await gateway.query("models")
-        if answer.status != 200:
-            raise failure_of(answer)
-        if not anthropic:
-            return JsonReply(answer.body)
-        return JsonReply(msgspec.json.encode(models_page(msgspec.json.decode(answer.body)["data"], asked)))
+        found = await models_for(gateway, context_of(request.scope).principal)
+        return JsonReply(msgspec.json.encode(models_page(found, asked) if anthropic else {"object": "list", "data": found}))
 
     @get("/v1/models/{model_id:path}", summary="One model", tags=["models"], opt={VOICES: ANTHROPICS})
     async def model(request: AnyRequest) -> ASGIApp:
-        found = await find_model(gateway, str(request.path_params["model_id"]).lstrip("/"))
+        found = await find_model(gateway, str(request.path_params["model_id"]).lstrip("/"), context_of(request.scope).principal)
         return JsonReply(msgspec.json.encode(model_json(found) if speaks_anthropic(context_of(request.scope).headers) else found))
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
         model, question, ignored = await surface.understood(await surface.body(request), parse_tokenize, config, gateway.limits)
-        return await ask("tokenize", model, question, ignored)
+        return await ask("tokenize", model, question, ignored, context_of(request.scope).principal)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
         model, question, ignored = await surface.understood(await surface.body(request), parse_detokenize, config, gateway.limits)
-        return await ask("detokenize", model, question, ignored)
+        return await ask("detokenize", model, question, ignored, context_of(request.scope).principal)
 
-    async def ask(what: str, model: str, question: bytes, ignored: list[str]) -> JsonReply:
+    async def ask(what: str, model: str, question: bytes, ignored: list[str], principal: Principal) -> JsonReply:
         if model:
-            await find_model(gateway, model)
+            await find_model(gateway, model, principal)
         return _with_ignored(relay(await gateway.query(what, question, model=model)), ignored)
 
     @get("/tokenizer_info", summary="The tokenizer's facts and chat template", tags=["tokens"])

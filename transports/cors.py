@@ -11,7 +11,8 @@ from penstock.transports.request import Header, JsonReply
 
 EXPOSED = (
     b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-ignored-fields, x-penstock-warning, traceparent, content-disposition, allow,"
-    b" www-authenticate, accept-encoding, x-penstock-trace-chunks"
+    b" www-authenticate, accept-encoding, x-penstock-trace-chunks, x-should-retry, x-ratelimit-limit-requests, x-ratelimit-remaining-requests,"
+    b" x-ratelimit-reset-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 """All that replies may have and that pages may not read anyway."""
 PREFLIGHT_S = 600

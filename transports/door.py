@@ -3,6 +3,7 @@
 What it is: it sends Submit, Cancel, Attach, Detach, Park, Unpark and Query over the link, hands each row of a TextDelta to the sink that owns its key, answers
 queries, knows whether text is ready, and fails everything as retryable when the link is lost.
 What it does not know: other pools, places and keys of requests (gateway.py), HTTP, JSON, SSE.
+It is long because what is sent and what comes back share one table of keys, whose entries each call must leave right.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from penstock.core.protocol.messages import (
     Attach,
     Attached,
     Cancel,
+    Counted,
     Detach,
     Extension,
     Finished,
@@ -37,6 +39,7 @@ from penstock.core.protocol.messages import (
     Unpark,
 )
 from penstock.core.protocol.pools import PoolSpec
+from penstock.core.protocol.standing import Standing
 from penstock.core.runtime.clock import Clock
 from penstock.transports.link import Link
 
@@ -136,6 +139,8 @@ class Door:
         self._sinks: dict[int, Sink] = {}
         self._awaited: dict[int, dict[int, Sink]] = {}
         """By the mark of an Attach, the sinks that take its place once it is answered: what still comes until then was meant for who listened before."""
+        self._counted: dict[int, Callable[[Standing], None]] = {}
+        """Who is told where the tenant of a key stands, until it was."""
         self._mark = 0
         self._link: Callable[[], Link | None] = lambda: None
         self._reason = "the text process is not connected yet"
@@ -163,6 +168,7 @@ class Door:
         for some in self._awaited.values():
             sinks |= some
         self._awaited.clear()
+        self._counted.clear()
         for key, sink in sinks.items():
             lost = EngineUnavailable("The server lost its text process while this request ran. Send the request again.", retry_after_s=1.0)
             told(sink, key, sink.failed, lost)
@@ -177,11 +183,15 @@ class Door:
             self._deliver(message)
         elif type(message) is Finished:
             sink = self._sinks.pop(message.key, None)
+            self._counted.pop(message.key, None)
             if sink is not None and (wrong := told(sink, message.key, sink.finished, message)):
                 told(sink, message.key, sink.failed, wrong)
         elif type(message) is Attached:
             self._sinks.update(self._awaited.pop(message.mark, {}))
+        elif type(message) is Counted:
+            self._count(message.key, message.standing)
         elif type(message) is Rejected:
+            self._count(message.key, message.standing)
             sink = self._sinks.pop(message.key, None)
             if sink is not None:
                 told(sink, message.key, sink.failed, error_of(message))
@@ -193,6 +203,11 @@ class Door:
             self._take_ready(message)
         elif not isinstance(message, (Hello, Extension)):
             raise TypeError(f"a door does not take {type(message).__name__}")
+
+    def _count(self, key: int, standing: Standing | None) -> None:
+        counted = self._counted.pop(key, None)
+        if counted is not None and standing is not None:
+            counted(standing)
 
     def _take_ready(self, word: TextReady) -> None:
         if word.ready and not self._ready:
@@ -283,12 +298,14 @@ class Door:
 
     # --- the gateway's side
 
-    def submit(self, submit: Submit, sink: Sink) -> None:
-        """Raises EngineUnavailable, or LinkBusy (503, too)."""
+    def submit(self, submit: Submit, sink: Sink, counted: Callable[[Standing], None] | None = None) -> None:
+        """`counted` is told where the request's tenant stands, if it has limits, before anything comes to the sink. Raises EngineUnavailable, or LinkBusy (503, too)."""
         if not self.connected:
             raise self.unavailable()
         self.send(submit)
         self._sinks[submit.key] = sink
+        if counted is not None:
+            self._counted[submit.key] = counted
 
     def follow(self, rid: str, tenant: str, sinks: Mapping[int, Sink]) -> None:
         """Listen to a retained stream: what belongs to its keys comes to these sinks, from the beginning. Who listened here before is told that it is over."""
@@ -310,6 +327,7 @@ class Door:
     def _forget(self, key: int) -> Sink | None:
         found = self.listener(key)
         self._sinks.pop(key, None)
+        self._counted.pop(key, None)
         for some in self._awaited.values():
             some.pop(key, None)
         return found

@@ -45,6 +45,7 @@ from penstock.transports.keyring import KEY_NEEDED, Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.paths import Paths
 from penstock.transports.protocol import BAD_HEAD, HEADERS, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
+from penstock.transports.ratelimits import limit_headers
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
@@ -177,6 +178,8 @@ class Edge:
         """What every reply has, whoever makes it."""
         own = context.rid.encode()
         found = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
+        if context.standing is not None:
+            found += limit_headers(context.standing)
         found += self._cors.headers(context.headers.get(b"origin"))
         if context.span.traceparent:
             found.append((b"traceparent", context.span.traceparent.encode()))

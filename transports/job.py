@@ -13,7 +13,16 @@ from typing import Any
 
 from litestar.handlers.base import BaseRouteHandler
 
-from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError, StreamNotFound, tamed
+from penstock.core.protocol.errors import (
+    Cancelled,
+    EngineFailure,
+    EngineUnavailable,
+    InvalidRequest,
+    PenstockError,
+    StreamNotFound,
+    Unauthorized,
+    tamed,
+)
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.blame import must, said
@@ -40,6 +49,8 @@ def row_error(extra: RowExtra | None) -> PenstockError:
         return InvalidRequest(message, param=extra.error_param if extra else None)
     if code == Cancelled.default_code:
         return Cancelled(message)
+    if code == Unauthorized.default_code:
+        return Unauthorized(message)
     return EngineFailure(message, code=code)
 
 
@@ -95,7 +106,7 @@ class Job(abc.ABC):
                 for index in range(len(self.generation.prompts)):
                     submit = self._submit(index, sent_ns, gateway.next_key())
                     sink = self._sink(index)
-                    gateway.submit(submit, sink)
+                    self.door.submit(submit, sink, context.counted if gateway.config.tables is not None else None)
                     self.keys.append(submit.key)
                     self._sinks[submit.key] = sink
         except BaseException:
@@ -147,6 +158,8 @@ class Job(abc.ABC):
             group=(self.keys or [key])[0] if len(generation.prompts) > 1 else 0,
             tells=generation.tells,
             tenant=context.tenant,
+            key_mark=context.principal.mark,
+            tables=context.principal.generation,
             peer=context.peer if "chat_template" in generation.prompts[index] else "",
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,

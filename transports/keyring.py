@@ -33,7 +33,9 @@ class Keyring:
         """Use these tables from the next request on. A key of --api-key stays what it is, whatever they say."""
         if tables.generation > self._generation:
             self._generation = tables.generation
-            self._principals = msgspec.msgpack.decode(tables.body, type=KeyTable).keys | self._own
+            found = msgspec.msgpack.decode(tables.body, type=KeyTable).keys
+            known = {digest: msgspec.structs.replace(principal, generation=tables.generation) for digest, principal in found.items()}
+            self._principals = known | self._own
 
     def find(self, headers: Mapping[bytes, bytes]) -> Principal | None:
         """Whose key was given; None: nobody's."""

@@ -12,8 +12,10 @@ import msgspec
 
 from penstock.core.protocol.errors import ModelNotFound, PenstockError
 from penstock.core.protocol.messages import Answer
+from penstock.core.protocol.tables import Principal
 from penstock.transports.gateway import Door, Gateway, make_error
 from penstock.transports.ids import split
+from penstock.transports.request import ANYBODY
 
 
 class _Failure(msgspec.Struct):
@@ -43,12 +45,18 @@ def places_of(gateway: Gateway, wanted: str) -> list[tuple[str, Door]]:
     return [*named, *((wanted, door) for door in doors)]
 
 
-async def find_model(gateway: Gateway, wanted: str) -> dict[str, Any]:
-    """The entry of /v1/models. Raises ModelNotFound, or what the query ended with."""
+async def models_for(gateway: Gateway, principal: Principal) -> list[dict[str, Any]]:
+    """The entries of /v1/models that exist for it. Raises what the query ended with."""
     answer = await gateway.query("models")
     if answer.status != 200:
         raise failure_of(answer)
     known: list[dict[str, Any]] = msgspec.json.decode(answer.body).get("data", [])
+    return [one for one in known if not principal.models or one.get("id") in principal.models]
+
+
+async def find_model(gateway: Gateway, wanted: str, principal: Principal = ANYBODY) -> dict[str, Any]:
+    """The entry of /v1/models. Raises ModelNotFound, or what the query ended with."""
+    known = await models_for(gateway, principal)
     for one in known:
         if one.get("id") == wanted:
             return one

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge
+from penstock.core.protocol.standing import Standing
 from penstock.core.protocol.tables import Principal
 from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body, encodings_of, packed_limit
 from penstock.transports.tracing import RequestSpan
@@ -53,6 +54,9 @@ def sane_id(text: str | None) -> str | None:
     return text if text and _SANE_ID.fullmatch(text) else None
 
 
+HOPELESS = ("rate_limit_exceeded", "budget_exceeded")
+"""Codes of refusals that, if nothing says when, stay what they are: a prompt of more tokens than a minute has, a budget that is not renewed."""
+
 ANYBODY = Principal()
 """Where no key is needed."""
 
@@ -84,6 +88,7 @@ class RequestContext:
         "raw_send",
         "rid",
         "span",
+        "standing",
         "started_ns",
         "status",
         "summary",
@@ -108,6 +113,8 @@ class RequestContext:
         self.status = 0
         """What metrics count; 499 when the client left."""
         self.principal = ANYBODY
+        self.standing: Standing | None = None
+        """Where its tenant stands with its limits, once text has said so."""
         self.path = ""
         """Of the route."""
         self.body = b""
@@ -136,6 +143,9 @@ class RequestContext:
     def include_metrics(self) -> bool:
         """Does the reply tell its timings?"""
         return self.headers.get(b"x-include-metrics", b"") in (b"1", b"true")
+
+    def counted(self, standing: Standing) -> None:
+        self.standing = standing
 
     def elapsed_ms(self) -> int:
         return (time.monotonic_ns() - self.started_ns) // 1_000_000
@@ -198,7 +208,9 @@ def error_body(error: PenstockError) -> bytes:
 def error_headers(error: PenstockError) -> list[Header]:
     """What HTTP wants beside the body: when to try again, what else would be accepted."""
     headers: list[Header] = []
-    if error.status in (429, 503):
+    if error.status == 429 and error.retry_after_s is None and error.code in HOPELESS:
+        headers.append((b"x-should-retry", b"false"))
+    elif error.status in (429, 503):
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1))))
     if isinstance(error, UnsupportedEncoding):
         headers.append((b"accept-encoding", ACCEPTED))

@@ -122,7 +122,9 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
             check_names(config, extra_plugins)
             config = with_model(config)
         notes = [note] if (note := gate(config)) is not None else []
-        tables = TablesFile(config.tables, notes.append) if config.tables is not None else None
+        tables = None
+        if config.tables is not None:
+            tables = TablesFile(config.tables, notes.append, served=config.served_model_name, policy=config.scheduling_policy)
         listener = bind(config)
         further = bind_further(config)
         pools = pools_of(config)

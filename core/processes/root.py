@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import trio
 
 from penstock.core.processes.spawn import control_hello
+from penstock.core.processes.spent_file import SpentFile, place_of
 from penstock.core.processes.supervisor import Child, ChildSpec, Supervisor
 from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import Config
@@ -42,6 +44,7 @@ from penstock.core.protocol.control import (
     Notice,
     Ready,
     Signalled,
+    Spending,
     StartChild,
     StartupPhase,
     Stop,
@@ -69,7 +72,7 @@ Launch = Callable[[ChildSpec, int], Started]
 
 class Root:
     """`run()` returns what root leaves with. `launch(spec, epoch)` starts a child; `started` are those that run already (their first life);
-    `ready(message)` makes the lines that stdout gets when everything is up. `tables` go to edges when they start, and again after SIGHUP. `notes` are
+    `ready(message)` makes the lines that stdout gets when everything is up. `tables` go to edges and texts when they start, and again after SIGHUP. `notes` are
     for the log."""
 
     def __init__(
@@ -88,6 +91,8 @@ class Root:
         self._ready = ready
         self._tables = tables
         self._notes = notes
+        self._spent: SpentFile | None = None
+        """Once a tenant has a budget."""
         self.supervisor = supervisor
         self._specs = {(c.spec.role, c.spec.id): c for c in self.supervisor.children}
         self._links: dict[int, Link] = {}
@@ -118,6 +123,7 @@ class Root:
         """Until every child is gone."""
         for note in self._notes:
             self._note("warning", note)
+        self._find_spent()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -150,10 +156,26 @@ class Root:
         except ConfigError as error:
             self._note("error", "tables not loaded, the old ones stay", error=error.message)
             return
-        for index, link in self._links.items():
-            if self.supervisor.children[index].spec.role == "edge":
-                link.send(tables)
+        self._find_spent()
+        for role in ("text", "edge"):
+            for index, link in self._links.items():
+                if self.supervisor.children[index].spec.role == role:
+                    self._tell_tables(role, link)
         self._note("info", "tables loaded", generation=tables.generation)
+
+    def _find_spent(self) -> None:
+        if self._tables is not None and self._tables.budgets and self._spent is None:
+            self._spent = SpentFile(place_of(self._tables.path), lambda note: self._note("error", note))
+
+    def _tell_tables(self, role: str, link: Link) -> None:
+        """What its role is told of them."""
+        if self._tables is None:
+            return
+        if role == "edge":
+            link.send(self._tables.current)
+        elif role == "text":
+            spent = self._spent.rows if self._spent is not None else []
+            link.send(msgspec.structs.replace(self._tables.limits, spent=spent))
 
     async def _ticks(self) -> None:
         while True:
@@ -192,8 +214,7 @@ class Root:
             if peer.id != child.spec.id:
                 raise ProtocolError(f"The {child.name} process says that it is {peer.role}-{peer.id}.")
             self._links[child.index] = link
-            if self._tables is not None and child.spec.role == "edge":
-                link.send(self._tables.current)
+            self._tell_tables(child.spec.role, link)
             await link.run(self._heard)
         except ProtocolError as error:
             if self._processes[child.index].poll() is None and not self.supervisor.leaving:
@@ -205,7 +226,10 @@ class Root:
                 del self._links[child.index]
 
     def _heard(self, messages: list[Message]) -> None:
-        self._host.post(*(m for m in messages if not isinstance(m, (Hello, Extension))))
+        for message in messages:
+            if isinstance(message, Spending) and self._spent is not None:
+                self._spent.take(message.rows)
+        self._host.post(*(m for m in messages if not isinstance(m, (Hello, Extension, Spending))))
 
     def _to_process(self, message: Message, index: int | None) -> None:
         if isinstance(message, StartChild):

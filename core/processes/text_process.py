@@ -18,7 +18,7 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.processes.child import Control, accept, bind_unix
 from penstock.core.processes.spawn import settle, socket_of
 from penstock.core.processes.text_side import TextSide, no_engine
-from penstock.core.protocol.control import Boot, EngineDown, EngineUp, Hello, Message, PeerDown, PeerUp, Stop
+from penstock.core.protocol.control import Boot, EngineDown, EngineUp, Hello, Message, PeerDown, PeerUp, Stop, Tables
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import Extension, union_of
 from penstock.core.runtime.links import Link, make_hello
@@ -44,6 +44,8 @@ class TextProcess:
         self._nursery: trio.Nursery | None = None
         self._side: TextSide | None = None
         self._ready = trio.Event()
+        self._tables: Tables | None = None
+        self._has_tables = trio.Event()
         self._over = trio.Event()
 
     async def main(self) -> None:
@@ -67,6 +69,10 @@ class TextProcess:
                 log=self._log,
             )
             await nursery.start(side.run)
+            if boot.config.tables is not None:  # nobody is served before it is known what they may use
+                await self._has_tables.wait()
+                assert self._tables is not None
+                side.post([self._tables])
             self._ready.set()
             nursery.start_soon(accept, listener, self._serve_edge, nursery)
             control.phase("ready")
@@ -98,6 +104,9 @@ class TextProcess:
                 self._side.post([message])
             if link is not None:
                 link.close()
+        elif isinstance(message, Tables) and not self._ready.is_set():
+            self._tables = message  # the first takes what was spent along; a later one before the start says the same of that
+            self._has_tables.set()
         elif self._side is not None:
             self._side.post([message])
 

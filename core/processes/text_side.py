@@ -39,6 +39,7 @@ from penstock.core.protocol.messages import (
     Attached,
     Cancel,
     CheckGrammar,
+    Counted,
     Detach,
     EdgeStats,
     Encode,
@@ -64,7 +65,7 @@ S = TypeVar("S", bound=Spec)
 TICK_S = 1.0
 
 FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, Attach, Detach, Query, EdgeStats, PeerUp, PeerDown})
-TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Attached, Finished, Rejected, Answer, TextReady})
+TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Attached, Counted, Finished, Rejected, Answer, TextReady})
 FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
 TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark, Vocabulary})
 

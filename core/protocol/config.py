@@ -242,7 +242,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = []
     api_key_file: Annotated[list[str], opt("File(s) with such keys, one a line; # begins a comment.", "server")] = []
     tables: Annotated[
-        str | None, opt("TOML file of keys, each with its tenant, tier and scopes; read again on SIGHUP (docs/tables.md).", "server")
+        str | None, opt("TOML file of keys, of tenants and of what they may use; read again on SIGHUP (docs/tables.md).", "server")
     ] = None
     allowed_origins: Annotated[
         list[str], opt("Web origins whose pages may send requests (CORS): https://app.example; * is any. Default: none.", "server")

@@ -233,12 +233,29 @@ class Vitals(Message, frozen=True, kw_only=True):
     rows: list[Vital]
 
 
+class Spent(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant has used of its budget in a period ("2026-11", "2026-11-28", or "" for all time): tokens, and picodollars."""
+
+    tenant: str
+    period: str
+    tokens: int
+    pusd: int
+
+
 class Tables(Message, frozen=True, kw_only=True):
-    """Root to edges: whose key is whose, before they listen and after each change. `body` is a KeyTable (core/protocol/tables.py) as
-    msgpack; `generation` counts from 1, and a later one takes the place of an earlier one."""
+    """Root to edges: whose key is whose; to texts: what tenants may use. Before they serve anybody, and after each change. `body` is a KeyTable
+    (core/protocol/tables.py) or a TenantTable (core/protocol/tenants.py) as msgpack; `generation` counts from 1, and a later one takes the place of an earlier one. `spent`, of a text's
+    first: what was used before its life."""
 
     generation: int
     body: bytes
+    spent: list[Spent] = []
+
+
+class Spending(Message, frozen=True, kw_only=True):
+    """Text to root: what tenants with budgets have used by now, of those where that has changed."""
+
+    rows: list[Spent]
 
 
 class Boot(Message, frozen=True, kw_only=True):
@@ -324,4 +341,4 @@ class Leave(Message, frozen=True, kw_only=True):
 
 
 RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | StartupPhase | Tables | Extension
-ChildToRoot = Hello | ChildUp | ChildDown | EngineUp | Heartbeat | StartupPhase | Drained | Extension
+ChildToRoot = Hello | ChildUp | ChildDown | EngineUp | Heartbeat | StartupPhase | Drained | Extension | Spending

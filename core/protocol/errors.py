@@ -11,6 +11,8 @@ import signal
 import threading
 from typing import Any, ClassVar, Literal
 
+from penstock.core.protocol.standing import Standing
+
 ErrorCode = Literal[
     "invalid_value",
     "unknown_field",
@@ -20,6 +22,7 @@ ErrorCode = Literal[
     "insufficient_scope",
     "unsupported_feature",
     "rate_limit_exceeded",
+    "budget_exceeded",
     "queue_full",
     "request_too_large",
     "too_many_streams",
@@ -242,6 +245,31 @@ class QueueFull(RetryableError):
     ) -> None:
         super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
         self.reason: QueueLimit = reason
+
+
+class RateLimited(RetryableError):
+    """A tenant's limit. Without `retry_after_s` waiting does not help."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+    standing: Standing | None = None
+    """Where the tenant stands, if that is worth telling."""
+
+
+class RequestsExceeded(RateLimited):
+    """The types are those that OpenAI's clients know for it."""
+
+    type = "requests"
+
+
+class TokensExceeded(RateLimited):
+    type = "tokens"
+
+
+class BudgetExceeded(RateLimited):
+    type = "insufficient_quota"
+    default_code = "budget_exceeded"
 
 
 class Draining(RetryableError):

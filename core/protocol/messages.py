@@ -44,6 +44,7 @@ from penstock.core.protocol.control import Quality as Quality
 from penstock.core.protocol.control import Ready as Ready
 from penstock.core.protocol.control import RootToChild as RootToChild
 from penstock.core.protocol.control import Signalled as Signalled
+from penstock.core.protocol.control import Spending as Spending
 from penstock.core.protocol.control import StartChild as StartChild
 from penstock.core.protocol.control import StartupPhase as StartupPhase
 from penstock.core.protocol.control import Stop as Stop
@@ -53,6 +54,7 @@ from penstock.core.protocol.control import Vital as Vital
 from penstock.core.protocol.control import Vitals as Vitals
 from penstock.core.protocol.control import WorkDone as WorkDone
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.standing import Standing
 
 CHOICE_BITS = 7
 
@@ -181,6 +183,10 @@ class Submit(Message, frozen=True, kw_only=True):
     """False: the tokens are all that is wanted. No text is made of them, nor spellings of log-probabilities; there can be no stop strings then."""
     spec_decode: bool | None = None
     """As in Admit."""
+    key_mark: str = ""
+    """Which key of the tables it came with (Principal.mark); "": with none of them."""
+    tables: int = 0
+    """The generation of the tables that the edge knew that key by."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -327,6 +333,13 @@ class Finished(Message, frozen=True, kw_only=True):
     """Of output_tokens, those of reasoning."""
 
 
+class Counted(Message, frozen=True, kw_only=True):
+    """The request is let in, and this is where its tenant stands then. Only for tenants with limits; before its first row."""
+
+    key: int
+    standing: Standing
+
+
 class Rejected(Message, frozen=True, kw_only=True):
     """The request never started. Fields as in PenstockError."""
 
@@ -337,6 +350,8 @@ class Rejected(Message, frozen=True, kw_only=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    standing: Standing | None = None
+    """Where its tenant stands, if its limits refused it."""
 
 
 class Answer(Message, frozen=True, kw_only=True):
@@ -1007,7 +1022,7 @@ def message_types() -> list[type[Message]]:
 
 # The unions that links decode: one per edge of the graph.
 EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension | Attach | Detach
-TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension | Attached
+TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension | Attached | Counted
 TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension | Vocabulary
 EngineToText = Hello | EngineUp | StepTokens | Extension
 

@@ -21,7 +21,7 @@ from penstock.core.telemetry.names import COUNTERS, EDGE_METRICS, ENGINE_COUNTER
 from penstock.core.telemetry.series import Counts, Histogram, Series, histogram_of, zeros
 
 STANDARD = "standard"
-"""The class of requests that name none, which today is all."""
+"""The class of requests whose tenant has none."""
 
 _PAIR = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _FLAT = re.compile(rf"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{{_PAIR}(?:,{_PAIR})*\}})?\Z")
@@ -83,7 +83,7 @@ class Metrics:
     """Feed it from the text actor; `render()` for a scrape. `compat` adds the vllm:* names.
 
     `pools` are the models' served names, the default one first, `classes` those that requests may be of: what is not named here cannot become a label, and
-    never anything that a client says. Classes of a pool are shown together.
+    never anything that a client says. Counters and vLLM's names show the classes of a pool together.
     """
 
     def __init__(self, pools: Sequence[str], *, classes: Sequence[str] = (STANDARD,), compat: bool = True) -> None:
@@ -97,8 +97,17 @@ class Metrics:
 
     # --- feeding
 
+    def know(self, class_: str) -> None:
+        """Requests may be of this class from now on; what was counted of it stays."""
+        for some in self._series.values():
+            some.setdefault(class_, Series())
+
+    def forget(self, gauge: str) -> None:
+        """It has no values any more."""
+        self._gauges[gauge].clear()
+
     def of(self, pool: str, class_: str = STANDARD) -> Series:
-        """Raises KeyError for what was not named at the start."""
+        """Raises KeyError for what was not named."""
         return self._series[pool][class_]
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
@@ -200,8 +209,11 @@ class Metrics:
         places = {(str(e), str(place)): n for e, entry in self._engines.items() for place, n in enumerate(entry.by_place())}
         page.family(f"penstock_{PLACES[0]}_total", "counter", PLACES[1], ("engine", "position"), places)
         for attribute, (name, bounds, _, _, text) in HISTOGRAMS.items():
-            kept = {(pool,): self._histogram(pool, attribute) for pool in self._series}
-            page.histogram(f"penstock_{name}", text, ("model",), kept, bounds)
+            if attribute == STEP_TOKENS:
+                page.histogram(f"penstock_{name}", text, ("model",), {(pool,): self._steps[pool] for pool in self._series}, bounds)
+                continue
+            kept = {(pool, of): getattr(series, attribute) for pool, some in self._series.items() for of, series in some.items()}
+            page.histogram(f"penstock_{name}", text, ("model", "class"), kept, bounds)
 
     def _speculation(self, entry: _Engine, stats: SpeculationStats, label: str) -> None:
         methods = entry.facts.drafters if entry.facts is not None else []

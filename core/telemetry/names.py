@@ -56,6 +56,10 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
         "Prompts that nothing was produced for, for a while: their client read too slowly (slow), said so (user), or was not there (detached).",
     ),
     "tokens": (("source",), "Tokens: prompt_computed, prompt_cached, generated, replayed."),
+    "slo_requests": (
+        ("class", "objective", "met"),
+        "Requests of classes with such a target that got a first token (ttft), or more (itl), by whether it was met.",
+    ),
     "replays": ((), "Requests that were re-admitted after an engine died."),
     "requests_condemned": ((), "Requests that were failed because engines died under them again and again."),
     "engine_losses": (("engine",), "Engines that died."),
@@ -119,6 +123,10 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "spec_decode_width": (("engine",), "The most drafts behind a token in the last step, as it was computed."),
     "spec_decode_chosen_width": (("engine",), "Drafts behind each token that were found to pay, for the step that was planned last."),
     "spec_decode_accepted_length": (("engine",), "Mean tokens of a row that computed drafts along: one, and the right ones."),
+    "slo_target_seconds": (
+        ("class", "objective"),
+        "What a class of --tables is to get: ttft (to the first token), itl (mean gap between two tokens of a request).",
+    ),
     "startup_phase_seconds": (("role", "phase"), "How long each phase of the start took."),
     "uptime_seconds": ((), "Since the text process began."),
 }

@@ -274,7 +274,7 @@ def test_a_child_that_says_to_be_another_is_refused(role: str, id: int, why: str
     assert why in capfd.readouterr().err
 
 
-def test_edges_alone_get_tables_when_they_start_and_after_a_hangup_even_one_that_came_too_early(tmp_path: Path) -> None:
+def test_edges_get_keys_and_texts_limits_when_they_start_and_after_a_hangup_even_one_that_came_too_early(tmp_path: Path) -> None:
     file = tmp_path / "tables.toml"
     file.write_text(f"[keys.a]\nsha256 = '{digest_of(b'one')}'\n")
     specs = [ChildSpec(role="edge", id=0, module="m"), ChildSpec(role="text", id=0, module="m")]
@@ -316,7 +316,9 @@ def test_edges_alone_get_tables_when_they_start_and_after_a_hangup_even_one_that
         text.setblocking(False)
         said = FrameDecoder(RootToChild).feed(text.recv(1 << 16))
     assert digest_of(b"two").encode() in heard[-1].body
-    assert not [message for message in said if isinstance(message, Tables)]
+    limits = [message for message in said if isinstance(message, Tables)]
+    assert limits[-1].generation == 2
+    assert not [message for message in limits if digest_of(b"one").encode() in message.body or digest_of(b"two").encode() in message.body]
 
 
 # ------------------------------------------------------------------ being a child

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import psutil
 
 CHAT = {"model": "brook", "messages": [{"role": "user", "content": "Count from 3 to 30."}], "stream": True}
+LONG = {**CHAT, "max_tokens": 1500, "ignore_eos": True}
+SHORT = {"model": "brook", "prompt": "one", "max_tokens": 1}
 
 
 def table(name: str, key: str, *lines: str) -> str:
@@ -42,14 +45,22 @@ def test_keys_come_and_go_on_sighup_and_a_broken_file_changes_nothing(starter: A
     assert [status(key) for key in ("sk-ada", "sk-of-a-file", "sk-watch", "sk-bob")] == [200, 200, 403, 401]
     assert [status(key, "/metrics") for key in ("sk-ada", "sk-watch")] == [403, 200]
 
-    with server.client.stream("POST", "/v1/chat/completions", json=CHAT, headers={"x-api-key": "sk-ada"}) as reply:
-        lines = reply.iter_lines()
-        next(lines)
+    with (
+        server.client.stream("POST", "/v1/chat/completions", json=CHAT, headers={"x-api-key": "sk-of-a-file"}) as other,
+        server.client.stream("POST", "/v1/chat/completions", json=LONG, headers={"x-api-key": "sk-ada"}) as reply,
+    ):
+        lines, others = reply.iter_lines(), other.iter_lines()
+        next(lines), next(others)
+        [engine] = server.children()["engine"]
+        engine.suspend()  # nothing ends by itself meanwhile
         file.write_text(kept + table("bob", "sk-bob"))
         reload()
         assert server.until(lambda: status("sk-bob") == 200)
         assert server.until(lambda: status("sk-ada") == 401)
-        assert list(lines)[-2:] == ["data: [DONE]", ""]
+        last = json.loads([line for line in lines if line.startswith("data: {")][-1].removeprefix("data: "))
+        engine.resume()
+        assert (last["error"]["code"], "revoked" in last["error"]["message"]) == ("invalid_api_key", True)
+        assert list(others)[-2:] == ["data: [DONE]", ""]
 
     file.write_text(table("eve", "sk-eve") + "[routes.x]\n")
     reload()
@@ -72,6 +83,60 @@ def test_keys_come_and_go_on_sighup_and_a_broken_file_changes_nothing(starter: A
         words = [*process.cmdline(), *process.environ().values()]
         assert not [word for word in words if "sk-" in word or sha256(b"sk-bob").hexdigest() in word]
     assert "sk-" not in server.log.read_text()
+    assert server.stop() == 0
+
+
+def test_limits_are_counted_once_for_all_edges_and_budgets_outlive_processes(starter: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tables.toml"
+    keys = {name: sha256(f"sk-{name}".encode()).hexdigest() for name in ("slow", "few", "poor")}
+    file.write_text(
+        f"""
+        [tenants.slow]
+        keys_sha256 = ["{keys["slow"]}"]
+        requests_per_minute = 1
+        [tenants.few]
+        keys_sha256 = ["{keys["few"]}"]
+        concurrency = 3
+        [tenants.poor]
+        keys_sha256 = ["{keys["poor"]}"]
+        budget_tokens = 2
+        budget_period = "total"
+        """
+    )
+    env = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    server = starter("--tables", str(file), "--edge-workers", "2", env=env)
+
+    def ask(key: str) -> Any:
+        """On a connection of its own, so that either edge may get it."""
+        return server.client.post("/v1/completions", json=SHORT, headers={"x-api-key": key, "connection": "close"})
+
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(ask, ["sk-slow"] * 12))
+        assert sorted(reply.status_code for reply in replies) == [200, *[429] * 11]
+        for reply in replies:
+            assert (reply.headers["x-ratelimit-limit-requests"], reply.headers["x-ratelimit-remaining-requests"]) == ("1", "0")
+        [engine] = server.children()["engine"]
+        engine.suspend()  # nothing ends meanwhile
+        asked = [pool.submit(ask, "sk-few") for _ in range(12)]
+        try:
+            assert server.until(lambda: sum(one.done() for one in asked) == 9, timeout_s=30)
+        finally:
+            engine.resume()
+        assert sorted(one.result().status_code for one in asked) == [200] * 3 + [429] * 9
+    assert ask("sk-few").status_code == 200
+
+    assert ask("sk-poor").status_code == 200
+    assert ask("sk-poor").json()["error"]["code"] == "budget_exceeded"
+    assert server.until(lambda: bool(list((tmp_path / "state").rglob("spent-*.json"))))
+    [text] = server.children()["text"]
+    text.kill()
+    assert server.until(lambda: server.client.get("/health").status_code == 503)
+    server.ready()
+    assert ask("sk-poor").json()["error"]["code"] == "budget_exceeded"
+    assert server.stop() == 0
+    server = starter("--tables", str(file), env=env)
+    refused = ask("sk-poor")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "budget_exceeded")
     assert server.stop() == 0
 
 

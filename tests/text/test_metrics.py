@@ -64,7 +64,10 @@ def test_tokens_of_one_step_have_no_gap_between_them(bench: Any) -> None:
     bench.rows([(seq, incarnation, n, token, RUNNING) for n, token in enumerate(tokens[3:], 3)])
     got = scrape(bench)
     assert got["penstock_tokens_total"][(("source", "generated"),)] == 5
-    gaps = {name: got[f"penstock_inter_token_latency_seconds_{name}"][(("model", "trained"),)] for name in ("count", "sum")}
+    gaps = {
+        name: got[f"penstock_inter_token_latency_seconds_{name}"][(("class", "standard"), ("model", "trained"))]
+        for name in ("count", "sum")
+    }
     assert gaps == {"count": 1, "sum": pytest.approx(0.01)}
     assert bench.received[1, 0].text == bench.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -76,7 +79,7 @@ def test_values_are_what_happened(bench: Any) -> None:
     def value(name: str, **labels: str) -> float:
         return got[name][tuple(sorted(labels.items()))]
 
-    vllm = {"model_name": "trained", "engine": "0"}
+    own, vllm = {"model": "trained", "class": "standard"}, {"model_name": "trained", "engine": "0"}
     assert value("penstock_tokens_total", source="generated") == 4 + 8 + 9
     assert value("vllm:generation_tokens_total", **vllm) == 21
     prompt = sum(len(bench.tokenizer.encode_batch(["the water"], add_special_tokens=False)[0]) for _ in range(3))
@@ -87,13 +90,13 @@ def test_values_are_what_happened(bench: Any) -> None:
     assert value("vllm:request_success_total", finished_reason="length", **vllm) == 4
     assert value("penstock_cancellations_total", cause="disconnect") == 1
     assert value("penstock_requests_rejected_total", code="model_not_found") == 1
-    assert value("penstock_time_to_first_token_seconds_count", model="trained") == 3
+    assert value("penstock_time_to_first_token_seconds_count", **own) == 3
     assert value("vllm:time_to_first_token_seconds_count", **vllm) == 3
     gaps = 3 + 2 * 3 + 8
     assert value("vllm:inter_token_latency_seconds_count", **vllm) == gaps
     assert value("vllm:inter_token_latency_seconds_sum", **vllm) == pytest.approx(gaps * 0.01)
-    assert value("penstock_inter_token_latency_seconds_bucket", model="trained", le="0.0075") == 0
-    assert value("penstock_inter_token_latency_seconds_bucket", model="trained", le="0.01") == gaps
+    assert value("penstock_inter_token_latency_seconds_bucket", **own, le="0.0075") == 0
+    assert value("penstock_inter_token_latency_seconds_bucket", **own, le="0.01") == gaps
     assert value("vllm:request_generation_tokens_sum", **vllm) == 21
     assert value("penstock_pending_requests") == 0
     assert value("penstock_ready") == 1
@@ -281,7 +284,7 @@ def page(metrics: Metrics) -> dict[str, dict[tuple[tuple[str, str], ...], float]
 
 
 def test_what_happens_to_requests_is_kept_by_pool_and_class() -> None:
-    """Shown by pool: there is no label for a class yet."""
+    """Histograms show both; counters, and vLLM's names, the classes of a pool together."""
     metrics = Metrics(["small", "large"], classes=("standard", "batch"))
     for pool, class_, seconds in (("small", "standard", 0.1), ("small", "batch", 2), ("large", "batch", 30)):
         series = metrics.of(pool, class_)
@@ -291,8 +294,14 @@ def test_what_happens_to_requests_is_kept_by_pool_and_class() -> None:
     assert metrics.of("small", "batch") is metrics.of("small", "batch")
     assert metrics.value("tokens", "generated") == 321
     got = page(metrics)
-    assert {dict(k)["model"]: v for k, v in got["penstock_time_to_first_token_seconds_count"].items()} == {"small": 2, "large": 1}
-    assert {dict(k)["model"]: v for k, v in got["penstock_time_to_first_token_seconds_sum"].items()} == {"small": 2.1, "large": 30}
+    first = {
+        name: {(dict(k)["model"], dict(k)["class"]): v for k, v in got[f"penstock_time_to_first_token_seconds_{name}"].items()}
+        for name in ("count", "sum")
+    }
+    small, large = (("small", "standard"), ("small", "batch")), (("large", "standard"), ("large", "batch"))
+    assert first["count"] == {small[0]: 1, small[1]: 1, large[0]: 0, large[1]: 1}
+    assert first["sum"] == {small[0]: 0.1, small[1]: 2, large[0]: 0, large[1]: 30}
+    assert {dict(k)["model_name"]: v for k, v in got["vllm:time_to_first_token_seconds_count"].items()} == {"small": 2, "large": 1}
     assert got["penstock_tokens_total"][(("source", "generated"),)] == 321
     assert {dict(k)["model_name"]: v for k, v in got["vllm:generation_tokens_total"].items()} == {"small": 21, "large": 300}
     stopped = {dict(k)["model_name"]: v for k, v in got["vllm:request_success_total"].items() if dict(k)["finished_reason"] == "stop"}

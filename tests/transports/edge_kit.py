@@ -24,6 +24,7 @@ from penstock.core.contract.transports import Transport
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.config import further_ports
+from penstock.core.protocol.control import Tables
 from penstock.core.protocol.messages import (
     Answer,
     Attach,
@@ -40,6 +41,7 @@ from penstock.core.protocol.messages import (
     union_of,
 )
 from penstock.core.protocol.pools import pools_of
+from penstock.core.protocol.tables import KeyTable, Principal, digest_of
 from penstock.core.runtime.frames import make_hello
 from penstock.transports.builtin import register_transports
 from penstock.transports.edge import Server
@@ -345,6 +347,16 @@ class Edge:
 
 
 MakeEdge = Callable[..., Edge]
+
+
+def tables(keys: dict[bytes, Principal], generation: int) -> Tables:
+    body = KeyTable(keys={digest_of(key): principal for key, principal in keys.items()})
+    return Tables(generation=generation, body=msgspec.msgpack.encode(body))
+
+
+def take(edge: Edge, keys: dict[bytes, Principal], generation: int) -> None:
+    """Have the edge use these keys of --tables."""
+    edge.text.call(lambda: edge.server.app.keyring.take(tables(keys, generation)))
 
 
 def events(text: str) -> list[Any]:

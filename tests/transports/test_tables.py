@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import msgspec
 import openai
 import pytest
-from edge_kit import Edge, MakeEdge, delta, finished, silent
+from edge_kit import Edge, MakeEdge, delta, finished, silent, take
 
-from penstock.core.protocol.control import Tables
 from penstock.core.protocol.messages import Submit
-from penstock.core.protocol.tables import KeyTable, Principal, digest_of
+from penstock.core.protocol.tables import Principal, digest_of
 from penstock.transports import openapi_replies
 from penstock.transports.http import PUBLIC, attributes_of
 from penstock.transports.keyring import tenant_of
@@ -25,15 +23,6 @@ KEYS = {
     b"sk-root": Principal(tenant="root", key_id="root", scopes=frozenset({"admin"})),
 }
 CHAT = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
-
-
-def tables(keys: dict[bytes, Principal], generation: int) -> Tables:
-    body = KeyTable(keys={digest_of(key): principal for key, principal in keys.items()})
-    return Tables(generation=generation, body=msgspec.msgpack.encode(body))
-
-
-def take(edge: Edge, keys: dict[bytes, Principal], generation: int) -> None:
-    edge.text.call(lambda: edge.server.app.keyring.take(tables(keys, generation)))
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from penstock.core.protocol.errors import PenstockError, StreamTaken
+from penstock.transports import ratelimits
 from penstock.transports.request import Header, error_fields, error_headers
 
 STATUS = "penstock-status"
 ERROR = "penstock-error-bin"
-TOLD = (b"retry-after", b"x-request-id")
+TOLD = frozenset({b"retry-after", b"x-request-id", b"x-should-retry", *(name.encode() for name in ratelimits.NAMES)})
 """Headers of an error that are told, too."""
 LONGEST_MESSAGE = 1024
 """Bytes. Three times as many where all are percent-encoded; clients take 8 KiB of metadata."""

@@ -9,6 +9,7 @@ This file takes the messages apart and knows edges and time; intake.py, lane.py 
 the model. A message to an edge is yielded as `To(message, edge)`, edge -1 being a caller in the same process; one to an engine as
 `To(message, engine)`. Life of a request here: ENCODING (with the worker) -> WAITING (no engine, or replays before it) -> ADMITTED -> gone. A
 request counts as queued until its first step.
+It is long because each message that text takes has its place here, so that one file shows all of them.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from penstock.core.actors.text.lane import MAX_STRIKES, Lane
 from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
 from penstock.core.actors.text.readers import Readers
+from penstock.core.actors.text.tenants import REVOKED, Tenants
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, NotFound, PenstockError, described
+from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, NotFound, PenstockError, Unauthorized, described
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -40,6 +42,7 @@ from penstock.core.protocol.messages import (
     Attached,
     Cancel,
     CheckGrammar,
+    Counted,
     Detach,
     Drain,
     Drained,
@@ -56,9 +59,11 @@ from penstock.core.protocol.messages import (
     PeerUp,
     Query,
     Rejected,
+    Spending,
     StartupPhase,
     StepTokens,
     Submit,
+    Tables,
     TextDelta,
     TextReady,
     Tick,
@@ -75,8 +80,8 @@ REPLAY_TIMEOUT_S = 300.0
 """Streams outlive a dead engine for so long; then they fail as retryable."""
 
 
-FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase})
-TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
+FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase, Tables})
+TO_ROOT: frozenset[type[Message]] = frozenset({Drained, Spending})
 
 
 class TextActor:
@@ -108,10 +113,28 @@ class TextActor:
             PeerDown,
             Vitals,
             StartupPhase,
+            Tables,
         }
     )
     gives: frozenset[type[Message]] = frozenset(
-        {Encode, CheckGrammar, Vocabulary, Admit, Abort, Park, Unpark, TextDelta, Attached, Finished, Rejected, Answer, TextReady, Drained}
+        {
+            Encode,
+            CheckGrammar,
+            Vocabulary,
+            Admit,
+            Abort,
+            Park,
+            Unpark,
+            TextDelta,
+            Attached,
+            Counted,
+            Finished,
+            Rejected,
+            Answer,
+            TextReady,
+            Drained,
+            Spending,
+        }
     )
 
     def __init__(
@@ -141,6 +164,8 @@ class TextActor:
         self._clock: Clock = clock or SystemClock()
         self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
+        if root and config.tables is not None:
+            desk.tenants = Tenants(self._clock, names)
         self.ledger, self.admission = desk.ledger, desk.admission
         self._streams = desk.streams
         parts: dict[str, Any] = {"grammars": grammars, "formats": formats}
@@ -176,6 +201,7 @@ class TextActor:
             PeerDown: self._peer_down,
             Vitals: self._take_vitals,
             StartupPhase: self._take_phase,
+            Tables: self._take_tables,
         }
 
     def handle(self, message: Message) -> Handling:
@@ -202,7 +228,9 @@ class TextActor:
 
     def _submit(self, message: Submit) -> Iterator[Outbound]:
         yield from self._greet(message.edge)
-        yield from self._intake.submit(message)
+        tenants = self._desk.tenants
+        if tenants is None or not tenants.waits(message):
+            yield from self._intake.submit(message)
 
     def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
@@ -211,6 +239,8 @@ class TextActor:
     def _cancel(self, message: Cancel) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
         if request is None:
+            if self._desk.tenants is not None:
+                self._desk.tenants.leave(key=message.key)
             return ()
         return self._ending.drop(request, message.cause) if request.kept is None else self._ending.revoke(request, message.cause)
 
@@ -273,6 +303,7 @@ class TextActor:
             yield from lane.pump()
         yield from self._readers.tend(now)
         yield from self._say_ready(again=True)
+        yield from self._say_spent()
 
     def _drain(self, message: Drain) -> Handling:
         deadline = self._clock.now_ns() + round(message.deadline_s * 1e9)
@@ -285,6 +316,7 @@ class TextActor:
         yield from handling
         if self._desk.drain_at_ns is not None and not self._drained and not self.ledger.requests:
             self._drained = True
+            yield from self._say_spent()
             yield Drained(role="text", id=self._shard)
 
     def _say_ready(self, *, again: bool = False) -> Iterator[Outbound]:
@@ -313,6 +345,8 @@ class TextActor:
         elif message.role == "edge":
             self._edges.discard(message.id)
             yield from self._readers.lose(message.id)
+            if self._desk.tenants is not None:
+                self._desk.tenants.leave(edge=message.id)
             for request in [request for request in self.ledger.requests.values() if request.kept is None and request.edge == message.id]:
                 for out in self._ending.drop(request, "disconnect"):
                     if not (isinstance(out, To) and isinstance(out.message, TO_EDGE) and out.index == message.id):
@@ -330,6 +364,34 @@ class TextActor:
     def _take_vitals(self, message: Vitals) -> Iterable[Outbound]:
         self._health.vitals = message
         return ()
+
+    # --- tenants
+
+    def _take_tables(self, message: Tables) -> Iterator[Outbound]:
+        """Others' limits count from now on, and what runs with a key that is none any more ends."""
+        tenants = self._desk.tenants
+        if tenants is None:
+            return
+        early = tenants.take(message)
+        self.metrics.forget("slo_target_seconds")
+        for name, slo in tenants.classes.items():
+            self.metrics.know(name)
+            for objective, ms in (("ttft", slo.ttft_ms), ("itl", slo.itl_ms)):
+                if ms:
+                    self.metrics.set("slo_target_seconds", ms / 1e3, name, objective)
+        for request in [one for one in self.ledger.requests.values() if not tenants.good(one.submit.key_mark)]:
+            lane = request.lane
+            yield from self._ending.abandon(request, Unauthorized(REVOKED))
+            if lane is not None:  # others may have waited for its place
+                yield from lane.pump()
+        for submit in early:
+            yield from self._submit(submit)
+
+    def _say_spent(self) -> Iterator[Outbound]:
+        """To root, if it is news."""
+        spending = self._desk.tenants.spending() if self._desk.tenants is not None else None
+        if spending is not None:
+            yield spending
 
     # --- questions
 
@@ -389,4 +451,4 @@ class TextActor:
         raise NotFound(f"This server cannot answer {query.what!r}.")
 
 
-TO_EDGE = (TextDelta, Attached, Finished, Rejected, Answer, TextReady)
+TO_EDGE = (TextDelta, Attached, Counted, Finished, Rejected, Answer, TextReady)

@@ -13,8 +13,9 @@ from typing import Any
 from penstock.core.actors.text.admission import Admission
 from penstock.core.actors.text.ledger import Ledger
 from penstock.core.actors.text.retained import Streams
+from penstock.core.actors.text.tenants import Tenants
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import PenstockError, QueueFull, described, tamed
+from penstock.core.protocol.errors import PenstockError, QueueFull, RateLimited, described, tamed
 from penstock.core.protocol.messages import Message, Rejected
 from penstock.core.runtime.actor import To
 from penstock.core.runtime.clock import Clock
@@ -33,6 +34,7 @@ def rejected(key: int, error: PenstockError) -> Rejected:
         message=error.message,
         param=error.param,
         retry_after_s=error.retry_after_s,
+        standing=error.standing if isinstance(error, RateLimited) else None,
     )
 
 
@@ -51,6 +53,8 @@ class Desk:
         self.admission = Admission(
             max_requests=config.max_num_queued_reqs, max_tokens=config.max_num_queued_tokens, status=config.queue_full_status
         )
+        self.tenants: Tenants | None = None
+        """Who may use how much; None: there are no tables."""
         self.drain_at_ns: int | None = None
         """When a drain's time is over; None: nobody asked for one."""
 

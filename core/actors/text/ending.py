@@ -18,6 +18,7 @@ from penstock.core.actors.text.pool import Pool
 from penstock.core.contract.hookspecs import RequestSummary
 from penstock.core.protocol.errors import Cancelled, PenstockError
 from penstock.core.protocol.messages import Finished, Rejected
+from penstock.core.protocol.tenants import SloClass
 from penstock.core.runtime.actor import To
 
 
@@ -39,6 +40,7 @@ class Ending:
         desk = self._desk
         now = desk.clock.now_ns()
         desk.ledger.remove(request)
+        self._settle(request)
         if not request.started:
             desk.admission.leave(request.queued_tokens)
         if request.lane is not None:
@@ -63,6 +65,13 @@ class Ending:
         self._measure(request, now, times)
         if request.traced:
             self._record(request, now)
+
+    def _settle(self, request: Request, *, refused: bool = False) -> None:
+        """With its tenant's limits."""
+        charge, tenants = request.charge, self._desk.tenants
+        if charge is not None and tenants is not None:
+            request.charge = None
+            tenants.settle(charge, refused=refused, prompt=len(request.prompt), cached=request.cached, output=request.output_tokens)
 
     def _record(self, request: Request, now_ns: int) -> None:
         """Its spans, once the engine has said all of it."""
@@ -118,6 +127,7 @@ class Ending:
         refusal if it has heard nothing yet, and its streams' last row otherwise."""
         if not request.choices:
             self._desk.ledger.remove(request)
+            self._settle(request, refused=True)
             self._desk.admission.leave(request.queued_tokens)
             yield from self._tell(request, self._desk.refusal(request.key, error))
             return
@@ -154,6 +164,15 @@ class Ending:
         for request in list(self._desk.ledger.requests.values()):
             yield from self.abandon(request, error, finish=finish)
 
+    def _judge(self, request: Request, slo: SloClass, gap_s: float | None) -> None:
+        """Did it get what its class is to get? `gap_s`: the mean between its tokens; None: there was one alone."""
+        count = self._desk.metrics.count
+        if slo.ttft_ms:
+            met = request.first_ns - request.received_ns <= slo.ttft_ms * 1e6
+            count("slo_requests", request.class_, "ttft", "true" if met else "false")
+        if slo.itl_ms and gap_s is not None:
+            count("slo_requests", request.class_, "itl", "true" if gap_s * 1e3 <= slo.itl_ms else "false")
+
     def _measure(self, request: Request, now_ns: int, times: tuple[int, int, int]) -> None:
         desk, series = self._desk, request.series
         queue, prefill, decode = (ns / 1e9 for ns in times)
@@ -179,6 +198,8 @@ class Ending:
             series.params_n.observe(request.params.n)
             if request.params.max_tokens is not None:
                 series.params_max.observe(request.params.max_tokens)
+            if request.slo is not None:
+                self._judge(request, request.slo, decode / (longest - 1) if longest > 1 else None)
         total = (now_ns - request.received_ns) / 1e9
         if desk.log is not None:
             desk.log.debug(

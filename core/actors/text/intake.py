@@ -35,7 +35,7 @@ from penstock.core.protocol.errors import (
     StreamExists,
     described,
 )
-from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
+from penstock.core.protocol.messages import Answer, Counted, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import To
 
@@ -71,17 +71,25 @@ class Intake:
                 raise InvalidRequest(f"Request key {message.key} is in use.")
             facts = self._open_facts()
             resolve.check_submit(message, pool.names)
+            account, whose = desk.tenants.account(message) if desk.tenants is not None else None, resolve.MODELS
+            if account is not None:
+                account.check_model(message.model or pool.names[0])
+                facts, whose = account.facts(facts), account.whose(facts)
             pool.formats.check(message)
             params = resolve.sampling_of(message, pool.defaults, desk.config, facts.vocab_size)
             resolve.check_beam(message, params, facts, pool.receiver.ends)
             pool.obedience.check(message, params, facts, pool.receiver.ends)
             keep = resolve.keep_of(message, params, facts)
-            self._check_size(message, params, facts, keep)
+            self._check_size(message, params, facts, keep, whose)
             desk.admission.check_request(now)
             owner = message.tenant or message.peer
             if message.chat_template:
                 desk.admission.check_template(owner)
-            request = Request(message, params, pool.series, now)
+            if account is not None and desk.tenants is not None:
+                desk.tenants.check(account, message)
+            class_ = account.limits.klass if account is not None else ""
+            series = desk.metrics.of(pool.names[0], class_) if class_ else pool.series
+            request = Request(message, params, series, now)
             if message.retain_s:
                 request.kept = desk.streams.open(request)
             elif desk.streams.find(message.rid, message.tenant) is not None:
@@ -93,6 +101,10 @@ class Intake:
         request.root_hash = pool.root_hash(request, facts)
         if params.prompt_logprobs is not None and message.tells:
             request.told = self._tellers.of(message)
+        if account is not None and desk.tenants is not None:
+            request.charge = desk.tenants.enter(account, message)
+            request.priority = account.priority(message.priority)
+            request.class_, request.slo = class_, desk.tenants.classes.get(class_)
         desk.ledger.add(request)
         desk.admission.enter()
         if message.chat_template:
@@ -127,14 +139,14 @@ class Intake:
             raise EngineUnavailable("The engine is starting. Try again shortly.", retry_after_s=STARTING_RETRY_S)
         return self._pool.facts
 
-    def _check_size(self, submit: Submit, params: SamplingParams, facts: EngineFacts, keep: int) -> None:
+    def _check_size(self, submit: Submit, params: SamplingParams, facts: EngineFacts, keep: int, whose: str) -> None:
         """What needs no tokenizer to be refused. Raises PenstockError naming the prompt."""
         param, limits = resolve.prompt_name(submit), self._pool.limits
         if submit.prompt_ids is not None:
             if keep:
                 bounds.check_count(len(submit.prompt_ids), limits, param)
             else:
-                resolve.check_fits(len(submit.prompt_ids), params, facts, param)
+                resolve.check_fits(len(submit.prompt_ids), params, facts, param, whose)
             resolve.check_ids(submit.prompt_ids, facts.vocab_size, param)
         elif submit.prompt is not None:
             bounds.check_chars(len(submit.prompt), limits, param, whole=not keep)
@@ -164,6 +176,8 @@ class Intake:
             if message.error:
                 raise queries.error_of(message)
             self._complete(owner, message, facts)
+            if owner.charge is not None and (standing := owner.charge.account.standing()) is not None:
+                yield To(Counted(key=owner.key, standing=standing), owner.edge)
             if obeys(owner.submit):
                 owner.obeyed = self._pool.formats.grammar(owner)
             else:
@@ -195,12 +209,18 @@ class Intake:
         """Fill in what the prompt decides. Raises what the client is told."""
         submit, params, pool = request.submit, request.params, self._pool
         prompt = message.ids
+        charge, whose = request.charge, resolve.MODELS
+        if charge is not None:
+            facts, whose = charge.account.facts(facts), charge.account.whose(facts)
         resolve.check_prompt(prompt, facts.vocab_size, pool.tokenizer.token_text, resolve.prompt_name(submit))
         resolve.check_words(message.bad_words_ids, facts.vocab_size)
         if request.told is not None:
             request.told.add(len(prompt), params, submit)
-        request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit)
+        request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit, whose)
         self._desk.admission.check_tokens(len(prompt), self._desk.clock.now_ns())
+        if charge is not None and self._desk.tenants is not None:
+            asked = request.max_tokens * params.n if "max_tokens" in submit.explicit else 0
+            self._desk.tenants.measure(charge, len(prompt), asked)
         changes: dict[str, Any] = {}
         if params.seed is None:
             changes["seed"] = self._rng.getrandbits(63)

@@ -16,12 +16,14 @@ import numpy as np
 
 from penstock.core.actors.text.answers import Said
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
+from penstock.core.actors.text.quota import Charge
 from penstock.core.actors.text.stops import StopMatcher, Withheld
 from penstock.core.actors.text.told import Told
 from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.messages import Admit, Grammar, ParkCause, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.tenants import SloClass
 from penstock.core.telemetry.series import Series
 
 if TYPE_CHECKING:
@@ -113,7 +115,9 @@ class Request:
         "admitted_ns",
         "arrival_ns",
         "cached",
+        "charge",
         "choices",
+        "class_",
         "drafted",
         "edge",
         "encode_end_ns",
@@ -136,6 +140,7 @@ class Request:
         "params",
         "parked",
         "preemptions",
+        "priority",
         "prompt",
         "prompt_logprobs",
         "prompt_text",
@@ -146,6 +151,7 @@ class Request:
         "root_hash",
         "scheduled_ns",
         "series",
+        "slo",
         "started",
         "state",
         "stream",
@@ -162,6 +168,7 @@ class Request:
         self.stream = submit.stream and params.beam is None
         """Rows go out as they are made. Beams have one each, at the end."""
         self.params = params
+        self.priority = submit.priority
         self.series = series
         """Whose figures it adds to: those of its pool and class."""
         self.state = ENCODING
@@ -178,6 +185,11 @@ class Request:
         """Where it waits or runs, once it is encoded."""
         self.queued_tokens = 0
         """What admission counts for it, while it waits."""
+        self.class_ = ""
+        """Its tenant's, if that has one; `slo` says what it is to get."""
+        self.slo: SloClass | None = None
+        self.charge: Charge | None = None
+        """What it holds of its tenant's limits; None: there are none, or it has been settled."""
         self.choices: list[Choice] = []
         self.open = 0
         """Choices that still run."""
@@ -247,7 +259,7 @@ class Request:
             eos=EMPTY_I32 if params.ignore_eos else eos,
             outputs=outputs,
             output_counts=i32([len(choice.outputs) for choice in running]) if replay else EMPTY_I32,
-            priority=self.submit.priority,
+            priority=self.priority,
             arrival_ns=self.arrival_ns,
             spec_decode=self.submit.spec_decode,
             replay=replay,

@@ -47,7 +47,7 @@ class Pool:
         self.formats = formats or Formats()
         self.receiver = Receiver(tokenizer, desk.ledger, desk.metrics, self.formats)
         self.series = desk.metrics.of(names[0])
-        """Where its requests are counted."""
+        """Where its requests are counted that have no class."""
         self.facts: EngineFacts | None = None
         """What the last engine said that came up; None before the first."""
         self.limits = bounds.limits_of(0, 0, desk.config.max_prompt_chars)

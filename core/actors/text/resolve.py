@@ -31,6 +31,9 @@ from penstock.core.protocol.wording import FEWER_ANSWERS, GRAMMAR_FAILED, NOTHIN
 
 log = logging.getLogger("penstock.models")
 
+MODELS = "This model's"
+"""Whose context it is, where a tenant has none of its own."""
+
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     """Sampling defaults from generation_config.json, as --generation-config says ("auto": the model's; "vllm", "openai": none; a folder), with
@@ -223,8 +226,8 @@ def keep_of(submit: Submit, params: SamplingParams, facts: EngineFacts) -> int:
     return fits if wanted == -1 else wanted
 
 
-def check_fits(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, param: str) -> None:
-    """Does the prompt leave room for what is asked of it? Raises ContextLengthExceeded or InvalidRequest naming `param`."""
+def check_fits(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, param: str, whose: str = MODELS) -> None:
+    """Does the prompt leave room for what is asked of it? `whose` context that is, for errors. Raises ContextLengthExceeded or InvalidRequest naming `param`."""
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty: it must have at least one token.", param=param)
     limit = facts.max_model_len
@@ -232,7 +235,7 @@ def check_fits(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, p
     more = ", and at least one more is needed for the answer" if least else ""
     if prompt_tokens + least > limit:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} tokens{more}."
+            f"{whose} maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} tokens{more}."
             f" Please shorten the {param}.",
             param=param,
         )
@@ -246,11 +249,11 @@ def check_fits(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, p
         )
 
 
-def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, submit: Submit) -> int:
+def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, submit: Submit, whose: str = MODELS) -> int:
     """The output limit. What the client asked for must fit; a default gets what is left of the context. 0 (draw nothing) leaves the whole
     context to the prompt. Raises ContextLengthExceeded or InvalidRequest."""
     param = prompt_name(submit)
-    check_fits(prompt_tokens, params, facts, param)
+    check_fits(prompt_tokens, params, facts, param, whose)
     limit, pool = facts.max_model_len, facts.num_blocks * facts.block_size
     if params.beam is not None and params.max_tokens != 0:  # every beam may come to need blocks of its own for all but the prompt
         shared = prompt_tokens // facts.block_size
@@ -262,7 +265,7 @@ def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts
     asked = params.max_tokens
     if asked is not None and asked > room and "max_tokens" in submit.explicit:
         field = submit.names.get("max_tokens", "max_tokens")
-        what = f"This model's maximum context length is {limit} tokens" if limit <= pool else f"This server's KV cache holds {pool} tokens"
+        what = f"{whose} maximum context length is {limit} tokens" if limit <= pool else f"This server's KV cache holds {pool} tokens"
         if params.beam is not None and limit > pool:
             what += f" for each of {params.beam.width} beams"
         raise ContextLengthExceeded(
