@@ -31,6 +31,7 @@ from penstock.core.protocol.messages import (
     GrammarChecked,
     Heartbeat,
     Park,
+    Spending,
     StartupPhase,
     StepTokens,
     Stop,
@@ -67,6 +68,7 @@ PORTS_TAKE: dict[str, set[type[Message]]] = {
     "root's process port and screen": {
         kind for kind in Supervisor.gives if kind.__name__ in ("StartChild", "KillChild", "Notice", "Ready", "Leave")
     },
+    "root": {Spending},
     "links": {Hello, Boot, Extension},
     "plugins' actors": {Extension, WorkDone},
 }
@@ -104,7 +106,7 @@ def test_every_link_carries_exactly_what_is_sent_over_it() -> None:
     assert members("text>engine") == {Admit, Abort, Park, Unpark, Vocabulary} | shared == text_side.TO_ENGINES | shared
     assert members("engine>text") == {EngineUp, StepTokens} | shared == text_side.FROM_ENGINES - local | shared
     assert members("root>child") == {Boot, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase, Tables} | shared
-    assert members("child>root") == {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained} | shared
+    assert members("child>root") == {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained, Spending} | shared
 
 
 def test_actors_are_pure_modules() -> None:

@@ -255,7 +255,8 @@ def test_the_unit_starts_what_is_known_and_waits_for_the_drain(unit: dict[str, l
     assert config.api_key == ["secret"]
     assert int(unit["TimeoutStopSec"][0]) >= config.shutdown_timeout + LADDER_S + 5
     assert unit["KillMode"] == ["mixed"]
-    writable = {f"/run/{unit['RuntimeDirectory'][0]}", f"/var/cache/{unit['CacheDirectory'][0]}"}
+    places = (("/run", "RuntimeDirectory"), ("/var/cache", "CacheDirectory"), ("/var/lib", "StateDirectory"))
+    writable = {f"{place}/{unit[name][0]}" for place, name in places}
     environment = dict(pair.split("=") for pair in unit["Environment"][0].split())
     assert all(any((value + "/").startswith(folder + "/") for folder in writable) for value in environment.values())
 

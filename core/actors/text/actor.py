@@ -380,6 +380,8 @@ class TextActor:
                 if ms:
                     self.metrics.set("slo_target_seconds", ms / 1e3, name, objective)
         for request in [one for one in self.ledger.requests.values() if not tenants.good(one.submit.key_mark)]:
+            if not self.ledger.has(request):
+                continue  # another one's end was its own
             lane = request.lane
             yield from self._ending.abandon(request, Unauthorized(REVOKED))
             if lane is not None:  # others may have waited for its place
