@@ -52,7 +52,7 @@ class _Tokens:
         self.logprobs = logprobs
         self.bad = bad
         self.ends: I32 | None = None
-        """Where each is its own row: the position behind."""
+        """Of each row: the position behind its last."""
 
     def column(self, column: Column) -> Column:
         """One of the rows', for each token."""
@@ -259,15 +259,20 @@ class Landing:
         """A step of several tokens a row. Where each goes follows from what is known, since no step before this one is under way."""
         board = self._board
         rows, counts, tokens = flight.rows, done.counts, done.tokens
-        firsts = counts.cumsum(dtype=np.int32)
-        if int(firsts[-1]) != tokens.size:  # that they fit the rows is known
+        firsts = np.add.accumulate(counts, out=np.empty(counts.size, np.int32))
+        if firsts.item(-1) != tokens.size:  # that they fit the rows is known
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, whose counts or {tokens.size} tokens cannot be right")
         of = board.places[: counts.size].repeat(counts)
         firsts -= counts
-        shift = board.slots.known[rows.index] - firsts
-        steps = board.steps[: tokens.size]
-        offsets, places = (shift - rows.prompts)[of] + steps, (rows.base + shift)[of] + steps
-        return _Tokens(rows, of, tokens, offsets, places, done.logprobs, firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows)
+        known = board.slots.known[rows.index]
+        shift = known - firsts
+        offsets = (shift - rows.prompts)[of]
+        offsets += board.steps[: tokens.size]
+        places = (rows.base + shift)[of]
+        places += board.places[: tokens.size]
+        drawn = _Tokens(rows, of, tokens, offsets, places, done.logprobs, firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows)
+        drawn.ends = known + counts
+        return drawn
 
     @staticmethod
     def _cut(drawn: _Tokens, ended: Column | None) -> Column | None:
@@ -293,20 +298,18 @@ class Landing:
             fine[bad] = False
             places, tokens, of = places[fine], tokens[fine], of[fine] if of is not None else np.flatnonzero(fine)
         slots.flat[places] = tokens
-        if of is None:
-            assert drawn.ends is not None
+        assert drawn.ends is not None
+        if of is None or (of.size == done.tokens.size and flight.width):
             slots.known[index] = drawn.ends
-        elif of.size == done.tokens.size and flight.width:
-            slots.known[index] += done.counts
         else:
             slots.known[index] += np.bincount(of, minlength=index.size).astype(np.int32)
         if not flight.width:
             return
-        lacking = flight.ahead + np.int32(1) - done.counts
+        lacking = flight.ahead - flight.right
         if board.rows is not None and board.rows is rows and not flight.capped:
             rows.starts = starts = rows.starts - lacking
             slots.computed[index] = starts
-            slots.length[index] = starts + board.ones[: starts.size]
+            slots.length[index] = starts + rows.ones
         else:
             slots.computed[index] -= lacking
             slots.length[index] -= lacking
