@@ -78,7 +78,7 @@ class Drafting:
         """Drafts that these slots had verified which are not in their columns yet: of each so many, and those besides; and right ones."""
         self._alike: tuple[Index, int] = NO_ROWS, 0
         """Slots (the very array) of which each has so many drafts that stand, if that is known."""
-        self._none: I32 = np.zeros(settings.max_num_seqs * self._most, np.int32)
+        self._none: I32 = np.zeros(settings.max_num_seqs, np.int32)
         self._none.flags.writeable = False
         self._several = len(self.watches) > 1 or bool(self.host.numbers)
         """Whether it is said of each row whose drafts it has."""
@@ -97,7 +97,6 @@ class Drafting:
             self._rested += 1
             return
         slots, count = board.slots, rows.slots.size
-        slots.narrow(rows)
         self.width = self._rest = 0
         if self._rested:
             if self._timed_rest:
@@ -106,6 +105,7 @@ class Drafting:
         self.host.forget()
         slots.beyond = 0
         if not count:  # prompts alone: those that come to their end get drafts for their first step
+            slots.narrow(rows)
             return
         self.chosen = 0
         if self._off and any(watch.due() for watch in self.watches):
@@ -154,6 +154,7 @@ class Drafting:
         """How many of the drafts that stand each row computes along."""
         slots = self._board.slots
         if not self._wanted or not rows.slots.size or not slots.any_drafted:
+            slots.narrow(rows)
             return
         if rows.left <= self.chosen:
             rows.left = slots.left(rows.index)
@@ -162,6 +163,8 @@ class Drafting:
             if each := min(self._alike[1], self.chosen):
                 slots.widen_alike(rows, each)
                 self.width = self.chosen
+            else:
+                slots.narrow(rows)
             return
         slots.widen(rows, np.minimum(slots.drafted[rows.index], self.chosen if alike else self._most_of(rows)))
         if slots.wide:
@@ -183,7 +186,8 @@ class Drafting:
 
     def loose(self, rows: Rows) -> U8:
         """Forward.loose for rows that decode in the next step; empty where it is known of all how far they have come and which drafts stand."""
-        ahead = [flight for flight in self._board.flights if flight.width or flight.drafts]
+        flights = self._board.flights
+        ahead = [flight for flight in flights if flight.width or flight.drafts] if flights else None
         if not ahead:
             return EMPTY_U8
         if any(flight.rows is rows for flight in ahead):
@@ -269,7 +273,7 @@ class Drafting:
         made: I32 | int = flight.drafts
         if not done.drafts.size:
             made = 0
-        elif np.count_nonzero(done.drafts < self._none[: done.drafts.size]):
+        elif np.count_nonzero(done.drafts[flight.drafts - 1 :: flight.drafts] < self._none[: flight.rows.slots.size]):  # not even the last
             there = done.drafts.reshape(-1, flight.drafts) >= 0
             made = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1)).astype(np.int32)
         if later and later[0].width:
@@ -300,14 +304,11 @@ class Drafting:
 
     def _verified(self, flight: Flight, done: StepDone) -> None:
         slots, index, ahead = self._board.slots, flight.rows.index, flight.stood
-        size = ahead.size
-        if done.counts.size == size:
-            flight.right = right = done.counts - flight.rows.ones
-        if done.counts.size != size or np.count_nonzero(right.view(np.uint32) > flight.ahead.view(np.uint32)):  # below 0 as well
-            raise ProtocolError(f"step {done.step} sampled {size} rows, whose counts cannot be right")
-        drafted = flight.drafted
+        size, drafted = ahead.size, flight.drafted
+        right, rights = self._counted(flight, done)
         if ahead is not flight.ahead:  # what stood there by chance may have been right
             right, drafted = np.minimum(right, ahead), int(ahead.sum())
+            rights = np.bincount(right)
         if index is not self._had_index:
             self._settle()
             self._had_index, self._had, self._had_right = index, np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -317,7 +318,7 @@ class Drafting:
         else:
             self._had += ahead
         self._had_right += right
-        reached = _at_least(right, self._most)
+        reached = _at_least(rights, self._most)
         accepted = sum(reached) - reached[0]
         self.rows += size if full else int(np.count_nonzero(ahead))
         self.drafted += drafted
@@ -338,9 +339,20 @@ class Drafting:
         if flight.chosen:
             if self._board.wishes:
                 auto = right[slots.wish[index] == 0]
-                reached = _at_least(np.minimum(auto, flight.chosen), self._most)
+                reached = _at_least(np.bincount(np.minimum(auto, flight.chosen)), self._most)
             if reached[0]:
                 self._widths.verified(flight.chosen, reached)
+
+    def _counted(self, flight: Flight, done: StepDone) -> tuple[I32, Column]:
+        """Drafts of each row that were right, whether they stood or not, and of how many rows so many were; where the tokens of each begin."""
+        counts, ahead = done.counts, flight.ahead
+        if counts.size == ahead.size:
+            ends = np.add.accumulate(counts, out=np.empty(counts.size, np.int32))
+            flight.firsts, flight.right = ends - counts, counts - flight.rows.ones
+            if ends.item(-1) == done.tokens.size and (rights := _numbers(flight.right)) is not None and rights.size <= 1 + flight.most:
+                if flight.drafted == flight.most * ahead.size or not np.count_nonzero(flight.right > ahead):
+                    return flight.right, rights
+        raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts or {done.tokens.size} tokens cannot be right")
 
     def _settle(self) -> None:
         """What rows had of drafts is their sequences', before others are in their slots."""
@@ -407,6 +419,15 @@ class Drafting:
         }
 
 
-def _at_least(right: I32, most: int) -> list[int]:
-    """[j]: of how many rows at least j drafts were right."""
-    return list(accumulate(np.bincount(right, minlength=most + 1).tolist()[::-1]))[::-1]
+def _numbers(column: I32) -> Column | None:
+    """How often there is each number from 0 on; None: one is below."""
+    try:
+        return np.bincount(column)
+    except ValueError:
+        return None
+
+
+def _at_least(rights: Column, most: int) -> list[int]:
+    """[j]: of how many rows at least j drafts were right; `rights`: of how many so many were."""
+    found = list(accumulate(rights.tolist()[::-1]))[::-1]
+    return found + [0] * (1 + most - len(found))

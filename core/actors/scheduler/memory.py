@@ -17,7 +17,7 @@ from penstock.core.actors.scheduler.board import NOBODY, Board, Planning
 from penstock.core.actors.scheduler.line import Line
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
-from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index
+from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index, Rows
 from penstock.core.actors.scheduler.waiting import Entry
 from penstock.core.protocol.columns import I32, Column, i32, i64, u8
 from penstock.core.protocol.hashing import HASH_BYTES
@@ -27,6 +27,8 @@ from penstock.core.protocol.messages import (
 )
 from penstock.core.runtime.actor import Ask, Out
 
+EARLY = 3
+"""Steps for which blocks are asked for early. More would save little, and one question would take longer than all that lies between two."""
 _MAX_ROUNDS = 4
 """Look-ups with different cache hits may leave budget: so often KV is asked again within one plan."""
 
@@ -37,6 +39,17 @@ class Memory:
         self._release = release
         self._line = line
         self._beams = beams
+
+    def early(self, rows: Rows) -> int:
+        """How many tokens further the blocks are to reach that are asked for now: where there is enough for everybody whoever needs one within some steps is asked for with the
+        first, so that KV need not be asked in every step."""
+        board = self._board
+        if board.groups or board.forking or board.blocked:
+            return 0
+        used, _, total, _, _, quarantined = board.kv
+        tokens = EARLY * (1 + rows.most)
+        each = 2 + (tokens + board.slots.beyond) // board.block
+        return tokens if total - used - quarantined >= 2 * rows.slots.size * each else 0
 
     def ask(self, outline: Outline, short: Index, entries: list[Entry], reach: I32 | None = None) -> Generator[Out, Any, list[int]]:
         """One KvStep: what is pending, blocks for decoding slots (which may first have to fork), look-ups for entries (which are placed if

@@ -124,7 +124,7 @@ class Outline:
 class Flight:
     """Row i samples position `positions[i]` of `rows.slots[i]`; where it is `loose` that is known when it lands, and they are the last that it can be. `capped`:
     some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all, `most` in a row; `stood`: of these,
-    drafts that turned out to be there; `right`: once it has landed, those that were right, whether they stood or not; `drafts`: how many are made behind it; `chosen`: the width
+    drafts that turned out to be there; `right`: once it has landed, those that were right, whether they stood or not, and `firsts`: where the tokens of each row begin; `drafts`: how many are made behind it; `chosen`: the width
     that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
     is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing. `beside`: of a step
     with prompts, where there is a pace: rows that decode, the positions they read, the pairs of positions that prompts attend, and the pace's limit."""
@@ -140,6 +140,7 @@ class Flight:
             "drafted",
             "drafts",
             "early",
+            "firsts",
             "loose",
             "masked",
             "most",
@@ -167,6 +168,7 @@ class Flight:
         self.ahead: I32 = EMPTY_I32
         self.stood: I32 = EMPTY_I32
         self.right: I32 = EMPTY_I32
+        self.firsts: I32 = EMPTY_I32
         self.width = self.drafts = self.drafted = self.chosen = self.most = 0
         self.pure = self.alone = self.loose = self.asks = self.early = self.resting = False
         self.masked: Index = NO_ROWS

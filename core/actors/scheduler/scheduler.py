@@ -374,6 +374,8 @@ class Scheduler:
         asked = self._line.next_entries(entries, outline.budget, room)
         if outline.rows is not rows or rows.tokens != tokens:
             short, reach = board.slots.short(outline.rows) if outline.rows is not None else (NOBODY, EMPTY_I32)
+        if short.size and outline.rows is not None and (early := self._memory.early(outline.rows)):
+            short, reach = board.slots.short(outline.rows, early)
         if short.size or asked or due or (board.groups and self._beams.moves(outline.rows)):
             denied = yield from self._memory.ask(outline, short, asked, reach)
             if denied or outline.stalled:

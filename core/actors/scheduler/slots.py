@@ -31,13 +31,15 @@ class Rows:
     `left` is how many tokens they can all get before one may reach its limit. `stops` is (ids, rows), padded with -1."""
 
     __slots__ = (
-        *("ahead", "base", "counts", "incarnations", "index", "left", "mins", "most", "ones", "prompts", "seqs", "slots", "starts", "stops"),
-        "tokens",
+        *("ahead", "at", "base", "counts", "incarnations", "index", "left", "mins", "most", "ones", "prompts", "seqs", "slots", "starts"),
+        *("stops", "tokens", "_table"),
     )
 
     slots: I32
     index: Index
     """The slots again, in numpy's index type: three times faster to index with."""
+    at: Index | slice
+    """The same to write with, and to read what is not kept: a slice where they lie side by side, three times faster again."""
     base: I64
     """Where each slot's history begins in `Slots.flat`."""
     starts: I32
@@ -56,6 +58,18 @@ class Rows:
     mins: I32
     stops: I32
     left: int
+    _table: I64 | None
+
+    def table(self) -> I64:
+        """For each what its tokens need, in a line of four numbers, so that they can be repeated in one go: one that is free; the seq; as pairs of I32 one that is free
+        and the incarnation, the first stop and the second."""
+        if self._table is None:
+            self._table = np.full((self.slots.size, 4), -1, np.int64)
+            pairs = self._table.view(np.int32)
+            self._table[:, 1], pairs[:, 5] = self.seqs, self.incarnations
+            for number, stops in enumerate(self.stops[:2]):
+                pairs[:, 6 + number] = stops
+        return self._table
 
     def widen(self, ahead: I32) -> None:
         """With so many drafts a row."""
@@ -69,6 +83,7 @@ class Rows:
         rows = Rows()
         for name in ("slots", "index", "base", "starts", "counts", "ahead", "ones", "seqs", "incarnations", "prompts", "mins"):
             setattr(rows, name, getattr(self, name)[kept])
+        rows.at, rows._table = rows.index, None
         rows.stops = self.stops[:, kept]
         rows.left, rows.most = self.left, self.most
         rows.tokens = self.tokens
@@ -216,10 +231,12 @@ class Slots:
         else:
             self.capacity[index] = -(-tokens // self.block) * self.block
 
-    def gather(self, slots: I32) -> Rows:
+    def gather(self, slots: I32, ascending: bool = False) -> Rows:
         rows = Rows()
         rows.slots = slots
-        rows.index = index = slots.astype(np.intp)
+        rows.index = rows.at = index = slots.astype(np.intp)
+        if ascending and index.size and (first := index.item(0)) + index.size == (behind := index.item(-1) + 1):
+            rows.at = slice(first, behind)
         rows.base = self._base[index]
         rows.starts = self.computed[index]
         rows.seqs = self.seq[index]
@@ -227,6 +244,7 @@ class Slots:
         rows.prompts = self.prompt[index]
         rows.mins = self.min_tokens[index]
         rows.stops = self.stops[: int(self.stop_count[index].max(initial=0)), index]
+        rows._table = None
         rows.left = self.left(index)
         rows.ones = self.same(1, slots.size)
         rows.narrow()
@@ -253,6 +271,8 @@ class Slots:
     def widen_alike(self, rows: Rows, each: int) -> None:
         """The same, if all have as many."""
         size = rows.slots.size
+        if self._widened is rows and rows.most == each and rows.tokens == size * (1 + each):
+            return  # as in the step before
         rows.ahead, rows.counts = self.same(each, size), self.same(1 + each, size)
         rows.tokens, rows.most = size * (1 + each), each
         self.wide, self._widened = True, rows
@@ -270,25 +290,29 @@ class Slots:
         reach: I32 = self.computed[index] + np.int32(1)
         if self.wide:
             reach += self._aheads()[index]
-        return self._with_room(reach, index) if self.beyond else reach
+        return self._with_room(reach, index, self.beyond) if self.beyond else reach
 
-    def _with_room(self, reach: I32, index: Index) -> I32:
-        return np.maximum(reach, np.minimum(reach + np.int32(self.beyond), self.limit[index]))
+    def _with_room(self, reach: I32, index: Index, beyond: int) -> I32:
+        return np.maximum(reach, np.minimum(reach + np.int32(beyond), self.limit[index]))
 
-    def short(self, rows: Rows) -> tuple[Index, I32]:
-        """Those whose next position has no block yet, and where the next step of each ends, as `reach` says."""
+    def short(self, rows: Rows, early: int = 0) -> tuple[Index, I32]:
+        """Those whose next position has no block yet, and where the next step of each ends, as `reach` says; or with so many tokens more."""
         index = rows.index
-        if not self.wide and not self.beyond:
-            mask: Column = self.capacity[index] <= rows.starts
-            found = index[mask]
-            return found, rows.starts[mask] + self.same(1, found.size) if found.size else EMPTY_I32
-        reach = rows.starts + rows.counts
-        if self.beyond and rows.left >= rows.most + self.beyond:  # nobody comes to a limit
-            reach += self.same(self.beyond, reach.size)
-        elif self.beyond:
-            reach = self._with_room(reach, index)
-        mask = self.capacity[index] < reach
-        return index[mask], reach[mask]
+        if not (self.wide or self.beyond or early):
+            mask: Column = self.capacity[rows.at] <= rows.starts
+            at = mask.nonzero()[0]
+            return (index[at], rows.starts[at] + self.same(1, at.size)) if at.size else (at, EMPTY_I32)
+        beyond = self.beyond + early
+        each = 1 + rows.most + beyond
+        if rows.left >= each and rows.tokens == index.size * (1 + rows.most):  # nobody comes to a limit, and all are alike
+            reach = rows.starts + self.same(each, index.size)
+        else:
+            reach = rows.starts + rows.counts
+            if beyond:
+                reach = self._with_room(reach, index, beyond)
+        mask = self.capacity[rows.at] < reach
+        at = mask.nonzero()[0]
+        return index[at], reach[at]
 
     def incomplete(self) -> list[int]:
         """Slots with full blocks that were not committed, as far as can be said without looking closer."""
