@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from itertools import accumulate
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,9 @@ import numpy as np
 from penstock.core.actors.scheduler.hosted import Hosted
 from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
-from penstock.core.actors.scheduler.waiting import Sequence
+from penstock.core.actors.scheduler.tally import Tally, at_least, counted
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
-from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, U8, Column, i32, i64
+from penstock.core.protocol.columns import EMPTY_U8, I32, U8, Column
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import SpeculationStats, StepDone
 from penstock.core.runtime.actor import Out
@@ -73,9 +72,7 @@ class Drafting:
         """When it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = [0] * self._most
-        self._had_index: Index = NO_ROWS
-        self._had_all, self._had, self._had_right = 0, EMPTY_I32, EMPTY_I32
-        """Drafts that these slots had verified which are not in their columns yet: of each so many, and those besides; and right ones."""
+        self.tally = Tally(board.slots)
         self._alike: tuple[Index, int] = NO_ROWS, 0
         """Slots (the very array) of which each has so many drafts that stand, if that is known."""
         self._none: I32 = np.zeros(settings.max_num_seqs, np.int32)
@@ -90,8 +87,7 @@ class Drafting:
     def choose(self, rows: Rows) -> None:
         """The width of the next step, which has these rows."""
         board = self._board
-        if rows.index is not self._had_index:
-            self._settle()
+        self.tally.begin(rows.index)
         if self._rest and not board.wishes:
             self._rest -= 1
             self._rested += 1
@@ -214,9 +210,9 @@ class Drafting:
             flight.ahead = flight.stood = flight.rows.ahead
             flight.drafted = flight.rows.tokens - flight.rows.slots.size
         flight.alone = bool(self.host.numbers and self._wanted and flight.rows.slots.size)
-        if not self._board.settings.loose:
-            flight.alone |= bool(flight.width or flight.drafts)
-        written = self.host.writes(flight, columns)
+        if not flight.alone and not self._board.settings.loose:
+            flight.alone = flight.width > 0 or flight.drafts > 0
+        written = self.host.writes(flight, columns) if self.host.numbers else {}
         self.host.forget()
         if slots.any_drafted and not flight.drafts:  # else those that it brings are in their place before anybody looks
             slots.drafted[flight.rows.index] = 0
@@ -305,20 +301,13 @@ class Drafting:
     def _verified(self, flight: Flight, done: StepDone) -> None:
         slots, index, ahead = self._board.slots, flight.rows.index, flight.stood
         size, drafted = ahead.size, flight.drafted
-        right, rights = self._counted(flight, done)
+        right, rights = counted(flight, done)
         if ahead is not flight.ahead:  # what stood there by chance may have been right
             right, drafted = np.minimum(right, ahead), int(ahead.sum())
             rights = np.bincount(right)
-        if index is not self._had_index:
-            self._settle()
-            self._had_index, self._had, self._had_right = index, np.zeros(size, np.int32), np.zeros(size, np.int32)
         full = drafted == size * flight.width  # then counting the rows that had drafts is spared, and those that had wrong ones
-        if full:
-            self._had_all += flight.width
-        else:
-            self._had += ahead
-        self._had_right += right
-        reached = _at_least(rights, self._most)
+        self.tally.add(index, flight.width if full else ahead, right)
+        reached = at_least(rights, self._most)
         accepted = sum(reached) - reached[0]
         self.rows += size if full else int(np.count_nonzero(ahead))
         self.drafted += drafted
@@ -339,28 +328,9 @@ class Drafting:
         if flight.chosen:
             if self._board.wishes:
                 auto = right[slots.wish[index] == 0]
-                reached = _at_least(np.bincount(np.minimum(auto, flight.chosen)), self._most)
+                reached = at_least(np.bincount(np.minimum(auto, flight.chosen)), self._most)
             if reached[0]:
                 self._widths.verified(flight.chosen, reached)
-
-    def _counted(self, flight: Flight, done: StepDone) -> tuple[I32, Column]:
-        """Drafts of each row that were right, whether they stood or not, and of how many rows so many were; where the tokens of each begin."""
-        counts, ahead = done.counts, flight.ahead
-        if counts.size == ahead.size:
-            ends = np.add.accumulate(counts, out=np.empty(counts.size, np.int32))
-            flight.firsts, flight.right = ends - counts, counts - flight.rows.ones
-            if ends.item(-1) == done.tokens.size and (rights := _numbers(flight.right)) is not None and rights.size <= 1 + flight.most:
-                if flight.drafted == flight.most * ahead.size or not np.count_nonzero(flight.right > ahead):
-                    return flight.right, rights
-        raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts or {done.tokens.size} tokens cannot be right")
-
-    def _settle(self) -> None:
-        """What rows had of drafts is their sequences', before others are in their slots."""
-        slots, index = self._board.slots, self._had_index
-        if index.size:
-            slots.drafts_seen[index] += self._had + self._had_all
-            slots.drafts_right[index] += self._had_right
-            self._had_index, self._had_all = NO_ROWS, 0
 
     def _switched(self) -> None:
         off = sum(1 << number for number, watch in enumerate(self.watches) if watch.state == OFF)
@@ -385,49 +355,7 @@ class Drafting:
             draft_ns=self.draft_ns,
             step_ns=self.step_ns,
             width=self.last,
-            states=[watch.state for watch in self.watches],
+            states=[self.watches[0].state] if len(self.watches) == 1 else [watch.state for watch in self.watches],
             chosen=self.chosen,
             reasons=[watch.reason if watch.state == OFF else "" for watch in self.watches] if self._off else [],
         )
-
-    def told(self, rows: Rows) -> dict[str, Column]:
-        """Of sequences that end: what they had of drafts, as columns of StepTokens."""
-        slots, index = self._board.slots, rows.index
-        self._settle()
-        had = np.flatnonzero(slots.drafts_seen[index])
-        if not had.size:
-            return {}
-        index = index[had]
-        return {"drafted_seqs": rows.seqs[had], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
-
-    def had(self, slot: int) -> tuple[int, int]:
-        """Drafts of its sequence that were verified, and the right ones."""
-        self._settle()
-        slots = self._board.slots
-        return slots.drafts_seen.item(slot), slots.drafts_right.item(slot)
-
-    def told_of(self, sequences: list[Sequence]) -> dict[str, Column]:
-        """The same of sequences that may wait for a slot."""
-        had = [(one.seq, *(one.drafts if one.slot < 0 else self.had(one.slot))) for one in sequences]
-        had = [one for one in had if one[1]]
-        if not had:
-            return {}
-        return {
-            "drafted_seqs": i64([one[0] for one in had]),
-            "drafted": i32([one[1] for one in had]),
-            "accepted": i32([one[2] for one in had]),
-        }
-
-
-def _numbers(column: I32) -> Column | None:
-    """How often there is each number from 0 on; None: one is below."""
-    try:
-        return np.bincount(column)
-    except ValueError:
-        return None
-
-
-def _at_least(rights: Column, most: int) -> list[int]:
-    """[j]: of how many rows at least j drafts were right; `rights`: of how many so many were."""
-    found = list(accumulate(rights.tolist()[::-1]))[::-1]
-    return found + [0] * (1 + most - len(found))

@@ -39,7 +39,21 @@ class _Tokens:
     """What a step drew, token by token. `several`: rows have several, row i `counts[i]` of them; else each is its own row. `offsets` are in the outputs, `places` in
     Slots.flat; `bad` are those of which nothing could be drawn."""
 
-    __slots__ = ("_of", "_stops", "bad", "counts", "ends", "incarnations", "logprobs", "offsets", "places", "rows", "seqs", "several", "tokens")
+    __slots__ = (
+        "_of",
+        "_stops",
+        "bad",
+        "counts",
+        "ends",
+        "incarnations",
+        "logprobs",
+        "offsets",
+        "places",
+        "rows",
+        "seqs",
+        "several",
+        "tokens",
+    )
 
     def __init__(self, rows: Rows, tokens: I32, offsets: I32, places: I64, logprobs: LogprobColumns | None, bad: Column, ends: I32) -> None:
         self.rows = rows
@@ -90,8 +104,8 @@ class _Tokens:
     def ended(self) -> Column | None:
         """Which are stops of their rows; None: none is."""
         found: Column | None = None
-        for number in range(len(self.rows.stops)):  # few; cheaper one by one than broadcast
-            hit = self.stops(number) == self.tokens
+        for number, stops in enumerate(self.rows.stops):  # few; cheaper one by one than broadcast
+            hit = (self.stops(number) if self.several else stops) == self.tokens
             if np.count_nonzero(hit):
                 hit &= self.offsets >= self.column(self.rows.mins)
                 found = hit if found is None else found | hit
@@ -186,7 +200,7 @@ class Landing:
             if board.pace is not None and (over := int(np.count_nonzero(reasons))):
                 board.pace.answered(int(offsets[reasons != 0].sum()) + over, over)
             if board.drafting is not None:
-                columns |= board.drafting.told(drawn.which(np.flatnonzero(reasons)))
+                columns |= board.drafting.tally.told(drawn.which(np.flatnonzero(reasons)))
             for seq in drawn.seqs[reasons != 0].tolist():
                 self._release.end(board.live[seq])
         seqs, incarnations = drawn.seqs, drawn.incarnations
@@ -281,7 +295,7 @@ class Landing:
         table = rows.table()
         np.add(rows.base, shift.astype(np.int64), out=table[:, 0])
         np.subtract(shift, rows.prompts, out=table.view(np.int32)[:, 4])
-        each = table.repeat(counts, axis=0)
+        each = table.repeat(counts.astype(np.intp), axis=0)
         offsets, places = each.view(np.int32)[:, 4] + board.steps[: tokens.size], each[:, 0] + board.places[: tokens.size]
         bad = firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows
         drawn = _Tokens(rows, tokens, offsets, places, done.logprobs, bad, known + counts)

@@ -32,7 +32,7 @@ class Launch:
         board = self._board
         slots, at, count = board.slots, rows.at, rows.slots.size
         board.step = step = board.step + 1
-        starts, ones = rows.starts, board.ones[:count]
+        starts, ones = rows.starts, rows.ones
         positions = starts + ones
         width = board.drafting.width if board.drafting is not None and slots.wide else 0
         counts = rows.counts if width else ones

@@ -129,6 +129,9 @@ class Flight:
     is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing. `beside`: of a step
     with prompts, where there is a pace: rows that decode, the positions they read, the pairs of positions that prompts attend, and the pace's limit."""
 
+    right: I32
+    firsts: I32
+
     __slots__ = (
         *(
             "ahead",
@@ -167,8 +170,6 @@ class Flight:
         self.tokens = tokens
         self.ahead: I32 = EMPTY_I32
         self.stood: I32 = EMPTY_I32
-        self.right: I32 = EMPTY_I32
-        self.firsts: I32 = EMPTY_I32
         self.width = self.drafts = self.drafted = self.chosen = self.most = 0
         self.pure = self.alone = self.loose = self.asks = self.early = self.resting = False
         self.masked: Index = NO_ROWS

@@ -249,7 +249,7 @@ class Scheduler:
                 continue
             rows.append((seq, sequence.request.incarnation, board.received(sequence), ABORTED))
             ending.append(sequence)
-        told: dict[str, Any] = {} if board.drafting is None else board.drafting.told_of(ending)
+        told: dict[str, Any] = {} if board.drafting is None else board.drafting.tally.told_of(ending)
         for sequence in ending:
             self._release.end(sequence)
         if rows:
@@ -360,14 +360,13 @@ class Scheduler:
         budget = board.settings.max_num_batched_tokens
         due = bool(board.releases)
         short, reach = board.slots.short(rows)
-        tokens = rows.tokens
         quiet = not (short.size or due or board.prefilling or board.carried or self._line.may_admit())
         if quiet and board.groups:
             quiet = not self._beams.pending()
         if quiet and 0 < rows.tokens <= budget:
             yield from self._launch.launch_decodes(rows, {}, None)
             return True
-        outline = Outline(budget)
+        outline, tokens = Outline(budget), rows.tokens
         self._line.take_decodes(outline, rows)
         self._line.take_chunks(outline)
         entries, room = self._line.entries(outline)

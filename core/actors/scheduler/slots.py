@@ -293,15 +293,15 @@ class Slots:
         return self._with_room(reach, index, self.beyond) if self.beyond else reach
 
     def _with_room(self, reach: I32, index: Index, beyond: int) -> I32:
-        return np.maximum(reach, np.minimum(reach + np.int32(beyond), self.limit[index]))
+        found: I32 = np.maximum(reach, np.minimum(reach + np.int32(beyond), self.limit[index]))
+        return found
 
     def short(self, rows: Rows, early: int = 0) -> tuple[Index, I32]:
         """Those whose next position has no block yet, and where the next step of each ends, as `reach` says; or with so many tokens more."""
-        index = rows.index
         if not (self.wide or self.beyond or early):
-            mask: Column = self.capacity[rows.at] <= rows.starts
-            at = mask.nonzero()[0]
-            return (index[at], rows.starts[at] + self.same(1, at.size)) if at.size else (at, EMPTY_I32)
+            at = (self.capacity[rows.at] <= rows.starts).nonzero()[0]
+            return (rows.index[at], rows.starts[at] + rows.ones[: at.size]) if at.size else (at, EMPTY_I32)
+        index = rows.index
         beyond = self.beyond + early
         each = 1 + rows.most + beyond
         if rows.left >= each and rows.tokens == index.size * (1 + rows.most):  # nobody comes to a limit, and all are alike
@@ -310,8 +310,7 @@ class Slots:
             reach = rows.starts + rows.counts
             if beyond:
                 reach = self._with_room(reach, index, beyond)
-        mask = self.capacity[rows.at] < reach
-        at = mask.nonzero()[0]
+        at = (self.capacity[rows.at] < reach).nonzero()[0]
         return index[at], reach[at]
 
     def incomplete(self) -> list[int]:

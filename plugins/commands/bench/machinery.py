@@ -1,8 +1,9 @@
 """`penstock bench machinery`: what the scheduler computes a step, from a StepDone to the next Sample.
 
 What it is: the scheduler as the engine has it and the KV manager behind it, in one thread, with a device that computes nothing: it says at once that every row has
-drawn, with drafts as many of them right as a seed says. Microseconds a step: the median of a run, and of several runs the lowest and the median. In a run of its own
-each part is timed, calls of other parts left out; what that costs makes the parts' sum a little more than the whole. What the KV manager computes is told, and counts nowhere.
+drawn, with drafts as many of them right as a seed says. Microseconds a step: the median of a run (and the mean, which steps that are longer now and then count in), and of
+several runs the lowest and the median. In a run of its own each part is timed, calls of other parts left out; what that costs makes the parts' sum a little more than
+the whole. What the KV manager computes is told, and counts nowhere.
 What it does not know: processes, sockets, models.
 """
 
@@ -18,8 +19,6 @@ import numpy as np
 
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
-from penstock.core.actors.scheduler.drafting import Drafting
-from penstock.core.actors.scheduler.landing import Landing
 from penstock.core.protocol.columns import EMPTY_I32, i32
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Admit, Forward, KvStep, Message, Plan, Sample, StepDone, StepTokens
@@ -33,6 +32,21 @@ SETTLED = 150
 STEP_NS = 10_000_000
 """Of each step, as the device says: the same with drafts and without, so that the most drafts are the best."""
 KV = "the KV manager"
+
+BEHIND: dict[type, str] = {StepTokens: "planning, the rest", Forward: "Sample", Sample: "behind the Sample"}
+FIRST = "landing, the rest"
+OF_DRAFTING = {
+    "landed": "drafts: learning",
+    "_verified": "drafts: which were right",
+    "_stand": "drafts: which stand",
+    "choose": "drafts: choosing the width",
+    "share": "drafts: sharing",
+    "launched": "drafts: launched",
+    "loose": "drafts: who is loose",
+    "stats": "drafts: statistics",
+}
+OF_LANDING = {"_spread": "where each token goes", "_single": "where each token goes", "_receive": "histories and bounds"}
+OF_SLOTS = {"short": "who needs blocks", "reach": "who needs blocks", "hold": "who needs blocks", "narrow": "drafts: sharing"}
 
 
 class Bench:
@@ -57,7 +71,7 @@ class Bench:
         self._forward: Forward | None = None
         root = CacheKey(weights="bench", layout="bench").root()
         for key in range(slots):
-            ends = gaps and key % 2
+            ends = gaps and key % 2 > 0
             self._queue.append(
                 Admit(
                     key=key + 1, incarnation=1, prompt=i32([key % 500] * (20 + key % 16)), hashes=b"", root_hash=root, choices=i32([0]),
@@ -69,11 +83,13 @@ class Bench:
             self.step()
 
     def step(self) -> tuple[int, int, bool]:
-        """One StepDone: ns until its Sample is out, those of the KV manager, and whether it was a step with drafts or there are none at all."""
+        """One StepDone: ns until it is handled and the next Sample is out, those of the KV manager, and whether it was a step with drafts or there are none at all."""
         forward, sample = self._flying.popleft()
         self._queue.append(self._done(forward, sample))
         wide = sample.lookahead > 0 or not self.scheduler.settings.lookahead
         self._kv_ns = 0
+        if self.parts is not None:
+            self.parts.begin()
         begun = time.perf_counter_ns()
         self._route()
         return time.perf_counter_ns() - begun - self._kv_ns, self._kv_ns, wide
@@ -122,36 +138,21 @@ class Bench:
                 elif kind is Sample:
                     assert self._forward is not None
                     self._flying.append((self._forward, out))
-                if parts is not None and kind in Parts.BEHIND:
-                    parts.begin_rest(Parts.BEHIND[kind])
+                if parts is not None and kind in BEHIND:
+                    parts.begin_rest(BEHIND[kind])
 
 
 class Parts:
     """Where the time goes: methods that are timed while `on`, each without what it calls of the others; and the rest, by the message that it is before."""
 
-    BEHIND: dict[type, str] = {StepTokens: "planning, the rest", Forward: "Sample", Sample: "behind the Sample"}
-    FIRST = "landing, the rest"
-    OF_DRAFTING = {
-        "landed": "drafts: learning",
-        "_verified": "drafts: which were right",
-        "_stand": "drafts: which stand",
-        "choose": "drafts: choosing the width",
-        "share": "drafts: sharing",
-        "launched": "drafts: launched",
-        "loose": "drafts: who is loose",
-        "stats": "drafts: statistics",
-    }
-    OF_LANDING = {"_spread": "where each token goes", "_single": "where each token goes", "_receive": "histories and bounds"}
-    OF_SLOTS = {"short": "who needs blocks", "reach": "who needs blocks", "hold": "who needs blocks", "narrow": "drafts: sharing"}
-
     def __init__(self, scheduler: Scheduler) -> None:
         board = scheduler._board
         self.ns: dict[str, int] = {}
-        self.rest = self.FIRST
+        self.rest = FIRST
         self._open: list[str] = []
         self._at = 0
         self._undo: list[tuple[Any, str]] = []
-        for owner, named in ((board.drafting, self.OF_DRAFTING), (scheduler._landing, self.OF_LANDING), (board.slots, self.OF_SLOTS)):
+        for owner, named in ((board.drafting, OF_DRAFTING), (scheduler._landing, OF_LANDING), (board.slots, OF_SLOTS)):
             if owner is not None:
                 for name, part in named.items():
                     setattr(owner, name, self._timed(getattr(owner, name), part))
@@ -189,7 +190,7 @@ class Parts:
         self.rest = rest
 
     def begin(self) -> None:
-        self.ns, self.rest, self._at = {}, self.FIRST, time.perf_counter_ns()
+        self.ns, self.rest, self._at = {}, FIRST, time.perf_counter_ns()
 
     def end(self) -> dict[str, int]:
         self._count()
@@ -197,7 +198,8 @@ class Parts:
 
 
 def measured(rows: int, drafts: int, *, block: int, depth: int, steps: int, repeats: int, gaps: bool = False) -> dict[str, Any]:
-    """Of steps with so many rows: `us` (the lowest of the runs' medians), `median_us`, `kv_us` and `tokens` a step, and `parts` in us by name."""
+    """Of steps with so many rows: `us` (the lowest of the runs' medians), `median_us` (their median), `mean_us` and `kv_us` (the lowest of the means), and `parts` by name
+    (medians)."""
     bench = Bench(rows, drafts, block=block, depth=depth, steps=steps * (repeats + 1) + 2, gaps=gaps)
     for _ in range(SETTLED):
         bench.step()
@@ -207,7 +209,9 @@ def measured(rows: int, drafts: int, *, block: int, depth: int, steps: int, repe
     for _ in range(repeats):
         taken = [(ns, kv_ns) for ns, kv_ns, wide in (bench.step() for _ in range(steps)) if wide]
         runs.append(statistics.median(ns for ns, _ in taken) / 1e3)
-        means.append(statistics.fmean(sorted(ns for ns, _ in taken)[: -(len(taken) // 50) or None]) / 1e3)
+        means.append(
+            statistics.fmean(sorted(ns for ns, _ in taken)[: len(taken) - len(taken) // 50]) / 1e3
+        )  # but for what else ran meanwhile
         kv.append(statistics.fmean(kv_ns for _, kv_ns in taken) / 1e3)
     return {
         "rows": rows,
@@ -224,9 +228,7 @@ def _parts(bench: Bench, steps: int) -> dict[str, float]:
     bench.parts = parts = Parts(bench.scheduler)
     found: list[dict[str, int]] = []
     for _ in range(steps):
-        parts.begin()
-        wide = bench.step()[2]
-        if wide:
+        if bench.step()[2]:
             found.append(parts.end())
     bench.parts = None
     parts.close()
@@ -236,10 +238,15 @@ def _parts(bench: Bench, steps: int) -> dict[str, float]:
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    """As Markdown: a row for the whole and each part, a column for each number of drafts."""
+    """As Markdown: a row for the whole and each part, a column for each number of rows and drafts."""
     yield "| microseconds a step | " + " | ".join(f"{one['rows']} rows, {one['drafts']} drafts" for one in results) + " |"
     yield "|---" * (1 + len(results)) + "|"
-    for name, key in (("all, lowest", "us"), ("all, median", "median_us"), ("all, mean", "mean_us"), ("KV manager besides", "kv_us")):
+    for name, key in (
+        ("all", "us"),
+        ("all, median run", "median_us"),
+        ("all, mean", "mean_us"),
+        ("besides: the KV manager, mean", "kv_us"),
+    ):
         yield f"| {name} | " + " | ".join(f"{one[key]:.1f}" for one in results) + " |"
     for part in dict.fromkeys(part for one in results for part in one["parts"]):
         yield f"| {part} | " + " | ".join(f"{one['parts'][part]:.1f}" if part in one["parts"] else "" for one in results) + " |"
