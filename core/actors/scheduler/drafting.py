@@ -75,7 +75,7 @@ class Drafting:
         self.tally = Tally(board.slots)
         self._alike: tuple[Index, int] = NO_ROWS, 0
         """Slots (the very array) of which each has so many drafts that stand, if that is known."""
-        self._none: I32 = np.zeros(settings.max_num_seqs, np.int32)
+        self._none: I32 = np.zeros(settings.max_num_seqs * self._most, np.int32)
         self._none.flags.writeable = False
         self._several = len(self.watches) > 1 or bool(self.host.numbers)
         """Whether it is said of each row whose drafts it has."""
@@ -256,10 +256,11 @@ class Drafting:
             return
         self._come = self._come or all(later.drafts for later in self._board.flights)
         self.draft_ns += done.draft_ns
-        self.step_ns += max(0, done.finished_ns - max(done.started_ns, begun))
+        if (taken := done.finished_ns - (done.started_ns if done.started_ns > begun else begun)) > 0:
+            self.step_ns += taken
         if not count:
             return
-        if done.drafts.size not in (0, count * flight.drafts) or done.drafters.size not in (0, count):
+        if (done.drafts.size and done.drafts.size != count * flight.drafts) or (done.drafters.size and done.drafters.size != count):
             raise ProtocolError(f"step {done.step} has {count} rows and {flight.drafts} drafts a row, but brought {done.drafts.size}")
         self._stand(flight, done)
 
@@ -269,7 +270,7 @@ class Drafting:
         made: I32 | int = flight.drafts
         if not done.drafts.size:
             made = 0
-        elif np.count_nonzero(done.drafts[flight.drafts - 1 :: flight.drafts] < self._none[: flight.rows.slots.size]):  # not even the last
+        elif np.count_nonzero(done.drafts < self._none[: done.drafts.size]):
             there = done.drafts.reshape(-1, flight.drafts) >= 0
             made = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1)).astype(np.int32)
         if later and later[0].width:

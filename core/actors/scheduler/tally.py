@@ -43,7 +43,7 @@ def _numbers(column: I32) -> Column | None:
 def at_least(rights: Column, most: int) -> list[int]:
     """[j]: of how many rows at least j drafts were right; `rights`: of how many so many were."""
     found = list(accumulate(rights.tolist()[::-1]))[::-1]
-    return found + [0] * (1 + most - len(found))
+    return found if len(found) > most else found + [0] * (1 + most - len(found))
 
 
 class Tally:
