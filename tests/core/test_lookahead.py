@@ -89,7 +89,7 @@ def test_who_is_near_a_limit_has_fewer_drafts_and_the_others_all(make_sim: Make)
 
 
 def test_there_are_blocks_for_the_drafts_behind_a_step(make_sim: Make) -> None:
-    """Drafters with layers compute there. Asked for is what a sequence may need at all, and once a block, as without drafts."""
+    """Drafters with layers compute there. Asked for is what a sequence may need at all, and once a block at most, as without drafts."""
     sim = make_sim(lookahead=3, drafts=("wrong",), block_size=8, num_blocks=64)
     key = sim.admit([5] * 3, max_tokens=20)
     while sim.finish():
@@ -100,7 +100,7 @@ def test_there_are_blocks_for_the_drafts_behind_a_step(make_sim: Make) -> None:
             assert board.slots.capacity[0] >= min(end + 3, 23), "the limit is 23"
     reserved = [int(question.reserve_lens[0]) for question in sim.asked if question.reserve_lens.size]
     assert max(reserved) <= 23
-    assert len(reserved) == 3
+    assert len(reserved) <= 3
     assert len(sim.output(key)) == 20
 
 

@@ -824,6 +824,23 @@ def test_a_decode_step_takes_at_most_ten_messages(make_sim: Make, depth: int, ro
     assert len(sim.routed) + 2 * steps <= 10 * steps
 
 
+@pytest.mark.parametrize(("num_blocks", "questions"), [(42, 10), (100, 3)])
+def test_kv_is_asked_for_some_steps_at_once_where_there_is_enough(make_sim: Make, num_blocks: int, questions: int) -> None:
+    """In nearly every step another of the eight comes to the end of its block. Where blocks are few, it is asked for then, and not before."""
+    sim = make_sim(max_num_seqs=8, block_size=8, num_blocks=num_blocks, max_model_len=64)
+    keys = [sim.admit([i] * (i + 1), max_tokens=40) for i in range(8)]
+    sim.finish(20)
+    sim.asked.clear()
+    assert sim.finish(12) == 12
+    assert sum(question.reserve_seqs.size > 0 for question in sim.asked) == questions
+    slots = sim.scheduler._board.slots
+    assert int((slots.capacity[:8] - slots.computed[:8]).max()) < 8 + 3, "no more than for those steps"
+    sim.run()
+    assert [len(sim.output(key)) for key in keys] == [40] * 8
+    assert (sim.scheduler._board.preemptions > 0) == (num_blocks == 42)
+    sim.check_idle()
+
+
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_columns_of_a_step_are_typed(lookahead: int, make_sim: Make) -> None:
     sim = make_sim(max_num_batched_tokens=8, num_blocks=16, lookahead=lookahead)

@@ -167,8 +167,8 @@ class Board:
         self.ones.flags.writeable = False
         self.range: I32 = np.arange(settings.max_num_seqs, dtype=np.int32)
         self.range.flags.writeable = False
-        self.places: Index = np.arange(settings.max_num_seqs)
-        """The same, to index with."""
+        self.places: Index = np.arange(settings.max_num_seqs * (1 + settings.lookahead))
+        """The same and more of them, to index with."""
         self.steps: I32 = np.arange(settings.max_num_seqs * (1 + settings.lookahead), dtype=np.int32)
 
     def wake(self) -> Iterable[Out]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +21,9 @@ import numpy as np
 from penstock.core.actors.scheduler.hosted import Hosted
 from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
-from penstock.core.actors.scheduler.waiting import Sequence
+from penstock.core.actors.scheduler.tally import Tally, at_least, counted
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
-from penstock.core.protocol.columns import EMPTY_U8, I32, U8, Column, i32, i64
+from penstock.core.protocol.columns import EMPTY_U8, I32, U8, Column
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import SpeculationStats, StepDone
 from penstock.core.runtime.actor import Out
@@ -72,23 +72,27 @@ class Drafting:
         """When it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = [0] * self._most
-        self._had_index: Index = NO_ROWS
-        self._had: I32 = np.zeros((2, 0), np.int32)
-        """Drafts that these slots had verified, and right ones, which are not in their columns yet."""
+        self.tally = Tally(board.slots)
+        self._alike: tuple[Index, int] = NO_ROWS, 0
+        """Slots (the very array) of which each has so many drafts that stand, if that is known."""
+        self._none: I32 = np.zeros(settings.max_num_seqs * self._most, np.int32)
+        self._none.flags.writeable = False
+        self._several = len(self.watches) > 1 or bool(self.host.numbers)
+        """Whether it is said of each row whose drafts it has."""
+        self._on = -1
+        """As bits: the drafters that the last step but those at rest was for."""
 
     # ------------------------------------------------------------------ before a step
 
     def choose(self, rows: Rows) -> None:
         """The width of the next step, which has these rows."""
         board = self._board
-        if rows.index is not self._had_index:
-            self._settle()
+        self.tally.begin(rows.index)
         if self._rest and not board.wishes:
             self._rest -= 1
             self._rested += 1
             return
         slots, count = board.slots, rows.slots.size
-        slots.narrow(rows)
         self.width = self._rest = 0
         if self._rested:
             if self._timed_rest:
@@ -97,6 +101,7 @@ class Drafting:
         self.host.forget()
         slots.beyond = 0
         if not count:  # prompts alone: those that come to their end get drafts for their first step
+            slots.narrow(rows)
             return
         self.chosen = 0
         if self._off and any(watch.due() for watch in self.watches):
@@ -112,8 +117,10 @@ class Drafting:
         forced = wishes is not None and bool((wishes > 0).any())
         self._wanted = max(self.chosen, self._widths.most(count)) if forced else self.chosen
         on = self._all if forced else self._all & ~self._off
-        self.drafters = sum(1 << bit for bit, number in enumerate(self._device.tolist()) if on >> number & 1)
-        self.host.on = [number for number in self.host.numbers if on >> number & 1]
+        if on != self._on:
+            self._on = on
+            self.drafters = sum(1 << bit for bit, number in enumerate(self._device.tolist()) if on >> number & 1)
+            self.host.on = [number for number in self.host.numbers if on >> number & 1]
         self.drafts = self._wanted if self.drafters else 0
         slots.beyond = self._beyond(count)
 
@@ -143,18 +150,21 @@ class Drafting:
         """How many of the drafts that stand each row computes along."""
         slots = self._board.slots
         if not self._wanted or not rows.slots.size or not slots.any_drafted:
+            slots.narrow(rows)
             return
         if rows.left <= self.chosen:
             rows.left = slots.left(rows.index)
         alike = self._wishes is None and not self._board.forking and rows.left > self.chosen
-        ahead = np.minimum(slots.drafted[rows.index], self.chosen if alike else self._most_of(rows))
-        full = alike and np.count_nonzero(ahead == self.chosen) == ahead.size
-        most = self.chosen if full else int(ahead.max())
-        if most:
-            slots.ahead[rows.index] = ahead
-            slots.wide = True
-            rows.widen(ahead, ahead.size * (1 + most) if full else int(ahead.sum()) + ahead.size)
-            self.width = self.chosen if most <= self.chosen else self._wanted
+        if alike and self._alike[0] is rows.index:
+            if each := min(self._alike[1], self.chosen):
+                slots.widen_alike(rows, each)
+                self.width = self.chosen
+            else:
+                slots.narrow(rows)
+            return
+        slots.widen(rows, np.minimum(slots.drafted[rows.index], self.chosen if alike else self._most_of(rows)))
+        if slots.wide:
+            self.width = self.chosen if rows.most <= self.chosen else self._wanted
 
     def ask(self, rows: Rows) -> Generator[Out, Any, None]:
         """Drafts of the host, for rows of which the device has none or less wanted ones."""
@@ -172,7 +182,8 @@ class Drafting:
 
     def loose(self, rows: Rows) -> U8:
         """Forward.loose for rows that decode in the next step; empty where it is known of all how far they have come and which drafts stand."""
-        ahead = [flight for flight in self._board.flights if flight.width or flight.drafts]
+        flights = self._board.flights
+        ahead = [flight for flight in flights if flight.width or flight.drafts] if flights else None
         if not ahead:
             return EMPTY_U8
         if any(flight.rows is rows for flight in ahead):
@@ -195,17 +206,18 @@ class Drafting:
         self._come = self._come and flight.drafts > 0
         flight.early = flight.drafts > 0 and not self._come
         if slots.wide:
-            flight.width = self.width
-            flight.ahead = flight.stood = flight.rows.counts - np.int32(1)
+            flight.width, flight.most = self.width, flight.rows.most
+            flight.ahead = flight.stood = flight.rows.ahead
             flight.drafted = flight.rows.tokens - flight.rows.slots.size
         flight.alone = bool(self.host.numbers and self._wanted and flight.rows.slots.size)
-        if not self._board.settings.loose:
-            flight.alone |= bool(flight.width or flight.drafts)
-        written = self.host.writes(flight, columns)
+        if not flight.alone and not self._board.settings.loose:
+            flight.alone = flight.width > 0 or flight.drafts > 0
+        written = self.host.writes(flight, columns) if self.host.numbers else {}
         self.host.forget()
-        if slots.any_drafted and (not flight.drafts or flight.alone):
+        if slots.any_drafted and not flight.drafts:  # else those that it brings are in their place before anybody looks
             slots.drafted[flight.rows.index] = 0
             slots.any_drafted = bool(slots.drafted.any())
+            self._alike = NO_ROWS, 0
         return written
 
     def masked(self, flight: Flight) -> dict[str, Column]:
@@ -230,7 +242,7 @@ class Drafting:
         if flight.width:
             self._verified(flight, done)
         if count:
-            self.last = int(flight.ahead.max()) if flight.width else 0
+            self.last = flight.most
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
@@ -244,10 +256,11 @@ class Drafting:
             return
         self._come = self._come or all(later.drafts for later in self._board.flights)
         self.draft_ns += done.draft_ns
-        self.step_ns += max(0, done.finished_ns - max(done.started_ns, begun))
+        if (taken := done.finished_ns - (done.started_ns if done.started_ns > begun else begun)) > 0:
+            self.step_ns += taken
         if not count:
             return
-        if done.drafts.size not in (0, count * flight.drafts) or done.drafters.size not in (0, count):
+        if (done.drafts.size and done.drafts.size != count * flight.drafts) or (done.drafters.size and done.drafters.size != count):
             raise ProtocolError(f"step {done.step} has {count} rows and {flight.drafts} drafts a row, but brought {done.drafts.size}")
         self._stand(flight, done)
 
@@ -257,20 +270,26 @@ class Drafting:
         made: I32 | int = flight.drafts
         if not done.drafts.size:
             made = 0
-        elif int(done.drafts.min()) < 0:
+        elif np.count_nonzero(done.drafts < self._none[: done.drafts.size]):
             there = done.drafts.reshape(-1, flight.drafts) >= 0
             made = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1)).astype(np.int32)
         if later and later[0].width:
             self._correct(later[0], flight, made)
         if self._stands is not None and self._board.obeying and done.drafts.size:
             self._stands[index, : flight.drafts] = done.drafts.reshape(-1, flight.drafts)
-        if len(self.watches) > 1 or self.host.numbers:
+        if self._several:
             slots.drafter[index] = self._device[done.drafters] if done.drafters.size else self._device[0]
-        if any(not step.drafts for step in later):  # behind which nothing stands
+        if later and any(not step.drafts for step in later):  # behind which nothing stands
             last = slots.last_step[index] <= flight.step
             index, made = index[last], made if isinstance(made, int) else made[last]
-        slots.drafted[index] = made
         slots.any_drafted = True
+        if isinstance(made, int) and not self.host.numbers:
+            if self._alike[0] is index and self._alike[1] == made:
+                return
+            self._alike = index, made
+        else:
+            self._alike = NO_ROWS, 0
+        slots.drafted[index] = made
 
     def _correct(self, later: Flight, flight: Flight, made: I32 | int) -> None:
         """The drafts that a later step took to be there, now that it is known."""
@@ -282,28 +301,23 @@ class Drafting:
 
     def _verified(self, flight: Flight, done: StepDone) -> None:
         slots, index, ahead = self._board.slots, flight.rows.index, flight.stood
-        right = done.counts - np.int32(1)
-        if right.size != ahead.size or np.count_nonzero(right.view(np.uint32) > flight.ahead.view(np.uint32)):  # below 0 as well
-            raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts cannot be right")
-        drafted = flight.drafted
+        size, drafted = ahead.size, flight.drafted
+        right, rights = counted(flight, done)
         if ahead is not flight.ahead:  # what stood there by chance may have been right
             right, drafted = np.minimum(right, ahead), int(ahead.sum())
-        if index is not self._had_index:
-            self._settle()
-            self._had_index, self._had = index, np.zeros((2, index.size), np.int32)
-        self._had[0] += ahead
-        self._had[1] += right
-        reached = _at_least(right, self._most)
+            rights = np.bincount(right)
+        full = drafted == size * flight.width  # then counting the rows that had drafts is spared, and those that had wrong ones
+        self.tally.add(index, flight.width if full else ahead, right)
+        reached = at_least(rights, self._most)
         accepted = sum(reached) - reached[0]
-        full = drafted == ahead.size * flight.width  # then counting the rows that had drafts is spared, and those that had wrong ones
-        self.rows += ahead.size if full else int(np.count_nonzero(ahead))
+        self.rows += size if full else int(np.count_nonzero(ahead))
         self.drafted += drafted
         self.accepted += accepted
-        self.places = [sum(pair) for pair in zip(self.places, reached[1:], strict=True)]
+        self.places = list(map(add, self.places, reached[1:]))
         whose = slots.drafter[index] if len(self.watches) > 1 else None
         for number, watch in enumerate(self.watches):
             if whose is None:
-                wrong = ahead.size - reached[flight.width] if full else int(np.count_nonzero(ahead > right))
+                wrong = size - reached[flight.width] if full else int(np.count_nonzero(ahead > right))
                 seen, good = accepted + wrong, accepted
             else:
                 mine = whose == number
@@ -315,17 +329,9 @@ class Drafting:
         if flight.chosen:
             if self._board.wishes:
                 auto = right[slots.wish[index] == 0]
-                reached = _at_least(np.minimum(auto, flight.chosen), self._most)
+                reached = at_least(np.bincount(np.minimum(auto, flight.chosen)), self._most)
             if reached[0]:
                 self._widths.verified(flight.chosen, reached)
-
-    def _settle(self) -> None:
-        """What rows had of drafts is their sequences', before others are in their slots."""
-        slots, index = self._board.slots, self._had_index
-        if index.size:
-            slots.drafts_seen[index] += self._had[0]
-            slots.drafts_right[index] += self._had[1]
-            self._had_index = NO_ROWS
 
     def _switched(self) -> None:
         off = sum(1 << number for number, watch in enumerate(self.watches) if watch.state == OFF)
@@ -350,40 +356,7 @@ class Drafting:
             draft_ns=self.draft_ns,
             step_ns=self.step_ns,
             width=self.last,
-            states=[watch.state for watch in self.watches],
+            states=[self.watches[0].state] if len(self.watches) == 1 else [watch.state for watch in self.watches],
             chosen=self.chosen,
             reasons=[watch.reason if watch.state == OFF else "" for watch in self.watches] if self._off else [],
         )
-
-    def told(self, rows: Rows) -> dict[str, Column]:
-        """Of sequences that end: what they had of drafts, as columns of StepTokens."""
-        slots, index = self._board.slots, rows.index
-        self._settle()
-        had = np.flatnonzero(slots.drafts_seen[index])
-        if not had.size:
-            return {}
-        index = index[had]
-        return {"drafted_seqs": rows.seqs[had], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
-
-    def had(self, slot: int) -> tuple[int, int]:
-        """Drafts of its sequence that were verified, and the right ones."""
-        self._settle()
-        slots = self._board.slots
-        return slots.drafts_seen.item(slot), slots.drafts_right.item(slot)
-
-    def told_of(self, sequences: list[Sequence]) -> dict[str, Column]:
-        """The same of sequences that may wait for a slot."""
-        had = [(one.seq, *(one.drafts if one.slot < 0 else self.had(one.slot))) for one in sequences]
-        had = [one for one in had if one[1]]
-        if not had:
-            return {}
-        return {
-            "drafted_seqs": i64([one[0] for one in had]),
-            "drafted": i32([one[1] for one in had]),
-            "accepted": i32([one[2] for one in had]),
-        }
-
-
-def _at_least(right: I32, most: int) -> list[int]:
-    """[j]: of how many rows at least j drafts were right."""
-    return list(accumulate(np.bincount(right, minlength=most + 1).tolist()[::-1]))[::-1]

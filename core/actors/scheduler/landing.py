@@ -36,27 +36,58 @@ NOT_A_NUMBER = "The model's output for this sequence is not a number."
 
 
 class _Tokens:
-    """What a step drew, token by token. `of`: the row of each, where rows have several; None: each is its own. `offsets` are in the outputs, `places` in
+    """What a step drew, token by token. `several`: rows have several, row i `counts[i]` of them; else each is its own row. `offsets` are in the outputs, `places` in
     Slots.flat; `bad` are those of which nothing could be drawn."""
 
-    __slots__ = ("bad", "ends", "logprobs", "of", "offsets", "places", "rows", "tokens")
+    __slots__ = (
+        "_of",
+        "_stops",
+        "bad",
+        "counts",
+        "ends",
+        "incarnations",
+        "logprobs",
+        "offsets",
+        "places",
+        "rows",
+        "seqs",
+        "several",
+        "tokens",
+    )
 
-    def __init__(
-        self, rows: Rows, of: Index | None, tokens: I32, offsets: I32, places: I64, logprobs: LogprobColumns | None, bad: Column
-    ) -> None:
+    def __init__(self, rows: Rows, tokens: I32, offsets: I32, places: I64, logprobs: LogprobColumns | None, bad: Column, ends: I32) -> None:
         self.rows = rows
-        self.of = of
         self.tokens = tokens
         self.offsets = offsets
         self.places = places
         self.logprobs = logprobs
         self.bad = bad
-        self.ends: I32 | None = None
-        """Where each is its own row: the position behind."""
+        self.ends = ends
+        """Of each row: the position behind its last."""
+        self.several = False
+        self.seqs, self.incarnations = rows.seqs, rows.incarnations
+
+    def spread(self, counts: I32, table: I64) -> None:
+        """There are several a row; `table` is Rows.table, a line for each token."""
+        self.several, self.counts = True, counts
+        self._of: Index | None = None
+        pairs = table.view(np.int32)
+        self.seqs, self.incarnations, self._stops = table[:, 1], pairs[:, 5], pairs[:, 6:]
+
+    @property
+    def of(self) -> Index:
+        """The row of each, where rows have several."""
+        if self._of is None:
+            self._of = np.arange(self.counts.size).repeat(self.counts)
+        return self._of
 
     def column(self, column: Column) -> Column:
         """One of the rows', for each token."""
-        return column if self.of is None else column[self.of]
+        return column[self.of] if self.several else column
+
+    def stops(self, number: int) -> Column:
+        """That one of Rows.stops, for each token."""
+        return self._stops[:, number] if self.several and number < 2 else self.column(self.rows.stops[number])
 
     def positions(self) -> I32:
         found: I32 = self.offsets + self.column(self.rows.prompts)
@@ -64,17 +95,17 @@ class _Tokens:
 
     def which(self, tokens: Index) -> Rows:
         """The rows of these tokens."""
-        return self.rows.select(tokens if self.of is None else self.of[tokens])
+        return self.rows.select(self.of[tokens] if self.several else tokens)
 
     def each(self) -> Rows:
         """A row for each token."""
-        return self.rows if self.of is None else self.rows.select(self.of)
+        return self.rows.select(self.of) if self.several else self.rows
 
     def ended(self) -> Column | None:
         """Which are stops of their rows; None: none is."""
         found: Column | None = None
-        for stops in self.rows.stops:  # few; cheaper one by one than broadcast
-            hit = (stops if self.of is None else stops[self.of]) == self.tokens
+        for number, stops in enumerate(self.rows.stops):  # few; cheaper one by one than broadcast
+            hit = (self.stops(number) if self.several else stops) == self.tokens
             if np.count_nonzero(hit):
                 hit &= self.offsets >= self.column(self.rows.mins)
                 found = hit if found is None else found | hit
@@ -85,10 +116,11 @@ class _Tokens:
         if self.logprobs is not None:
             self.logprobs = select_logprobs(self.logprobs, kept, self.tokens.size)
         self.bad = np.flatnonzero(np.isin(kept, self.bad))
-        if self.of is None:
-            self.rows, self.ends = self.rows.select(kept), None if self.ends is None else self.ends[kept]
+        if self.several:
+            self._of, self._stops = self.of[kept], self._stops[kept]
         else:
-            self.of = self.of[kept]
+            self.rows, self.ends = self.rows.select(kept), self.ends[kept]
+        self.seqs, self.incarnations = self.seqs[kept], self.incarnations[kept]
         self.tokens, self.offsets, self.places = self.tokens[kept], self.offsets[kept], self.places[kept]
 
 
@@ -131,7 +163,7 @@ class Landing:
         beams = slots.solo[flight.rows.index] if searching else None
         drawn = self._spread(flight, done) if flight.width else self._single(flight, done)
         ended = drawn.ended()
-        if drawn.of is not None and (ended is not None or drawn.bad.size):
+        if drawn.several and (ended is not None or drawn.bad.size):
             ended = self._cut(drawn, ended)
         board.done_step = done.step
         everything = (drawn.each(), drawn.logprobs, drawn.bad) if searching else None
@@ -155,12 +187,12 @@ class Landing:
             drawn.tokens = tokens = tokens.copy()
             tokens[bad] = -1
             index = drawn.column(rows.index)[bad]
-            errors = self._blamed(index, drawn.column(rows.seqs)[bad], drawn.column(rows.incarnations)[bad])
+            errors = self._blamed(index, drawn.seqs[bad], drawn.incarnations[bad])
             reasons[bad] = FAILED
             slots.poisoned[index] = True
         self._receive(flight, done, drawn, bad)
         if board.forecast is not None and len(rows.stops):
-            board.forecast.drew(int(np.count_nonzero(drawn.column(rows.stops[0]) >= 0)))
+            board.forecast.drew(int(np.count_nonzero(drawn.stops(0) >= 0)))
         columns: dict[str, Any] = {}
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
@@ -168,11 +200,10 @@ class Landing:
             if board.pace is not None and (over := int(np.count_nonzero(reasons))):
                 board.pace.answered(int(offsets[reasons != 0].sum()) + over, over)
             if board.drafting is not None:
-                columns |= board.drafting.told(drawn.which(np.flatnonzero(reasons)))
-            for seq in drawn.column(rows.seqs)[reasons != 0].tolist():
+                columns |= board.drafting.tally.told(drawn.which(np.flatnonzero(reasons)))
+            for seq in drawn.seqs[reasons != 0].tolist():
                 self._release.end(board.live[seq])
-        of = drawn.of
-        seqs, incarnations = (rows.seqs, rows.incarnations) if of is None else (rows.seqs[of], rows.incarnations[of])
+        seqs, incarnations = drawn.seqs, drawn.incarnations
         if flight.scored:
             scored = [s for lead in flight.scored if board.live.get(lead.seq) is lead for s in (*lead.attached, lead)]
             for sequence in scored:
@@ -251,28 +282,29 @@ class Landing:
         if tokens.size != rows.slots.size or done.counts.size:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         positions = self._board.slots.known[rows.index] if flight.loose else flight.positions
-        drawn = _Tokens(rows, None, tokens, positions - rows.prompts, rows.base + positions, done.logprobs, done.bad_rows)
-        drawn.ends = positions + self._board.ones[: tokens.size]
-        return drawn
+        places = rows.base + positions.astype(np.int64)  # of one type: adding others is slower
+        return _Tokens(rows, tokens, positions - rows.prompts, places, done.logprobs, done.bad_rows, positions + rows.ones)
 
     def _spread(self, flight: Flight, done: StepDone) -> _Tokens:
-        """A step of several tokens a row. Where each goes follows from what is known, since no step before this one is under way."""
+        """A step of several tokens a row, as many as they should be. Where each goes follows from what is known, since no step before this one is under way."""
         board = self._board
         rows, counts, tokens = flight.rows, done.counts, done.tokens
-        firsts = counts.cumsum(dtype=np.int32)
-        if int(firsts[-1]) != tokens.size:  # that they fit the rows is known
-            raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, whose counts or {tokens.size} tokens cannot be right")
-        of = board.places[: counts.size].repeat(counts)
-        firsts -= counts
-        shift = board.slots.known[rows.index] - firsts
-        steps = board.steps[: tokens.size]
-        offsets, places = (shift - rows.prompts)[of] + steps, (rows.base + shift)[of] + steps
-        return _Tokens(rows, of, tokens, offsets, places, done.logprobs, firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows)
+        firsts = flight.firsts
+        known = board.slots.known[rows.at]
+        shift = known - firsts
+        table = rows.table()
+        np.add(rows.base, shift.astype(np.int64), out=table[:, 0])
+        np.subtract(shift, rows.prompts, out=table.view(np.int32)[:, 4])
+        each = table.repeat(counts.astype(np.intp), axis=0)
+        offsets, places = each.view(np.int32)[:, 4] + board.steps[: tokens.size], each[:, 0] + board.places[: tokens.size]
+        bad = firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows
+        drawn = _Tokens(rows, tokens, offsets, places, done.logprobs, bad, known + counts)
+        drawn.spread(counts, each)
+        return drawn
 
     @staticmethod
     def _cut(drawn: _Tokens, ended: Column | None) -> Column | None:
         """What follows a row's first stop, or its failure, is dropped."""
-        assert drawn.of is not None
         last = np.zeros(drawn.tokens.size, bool) if ended is None else ended.copy()
         last[drawn.bad] = True
         before = np.cumsum(last) - last
@@ -286,28 +318,28 @@ class Landing:
     def _receive(self, flight: Flight, done: StepDone, drawn: _Tokens, bad: Column) -> None:
         """The tokens are in the histories; and bounds of rows whose drafts were not all right come down."""
         board = self._board
-        slots, rows, index = board.slots, flight.rows, drawn.rows.index
-        places, tokens, of = drawn.places, drawn.tokens, drawn.of
-        if bad.size:
+        slots, rows, index = board.slots, flight.rows, drawn.rows.at
+        places, tokens = drawn.places, drawn.tokens
+        whole = not bad.size and (not drawn.several or tokens.size == done.tokens.size)
+        if whole:
+            slots.flat[places] = tokens
+            slots.known[index] = drawn.ends
+        else:
             fine = np.ones(tokens.size, bool)
             fine[bad] = False
-            places, tokens, of = places[fine], tokens[fine], of[fine] if of is not None else np.flatnonzero(fine)
-        slots.flat[places] = tokens
-        if of is None:
-            assert drawn.ends is not None
-            slots.known[index] = drawn.ends
-        elif of.size == done.tokens.size and flight.width:
-            slots.known[index] += done.counts
-        else:
-            slots.known[index] += np.bincount(of, minlength=index.size).astype(np.int32)
+            slots.flat[places[fine]] = tokens[fine]
+            of = drawn.of[fine] if drawn.several else fine.nonzero()[0]
+            slots.known[index] += np.bincount(of, minlength=drawn.rows.slots.size).astype(np.int32)
         if not flight.width:
             return
-        lacking = flight.ahead + np.int32(1) - done.counts
         if board.rows is not None and board.rows is rows and not flight.capped:
-            rows.starts = starts = rows.starts - lacking
-            slots.computed[index] = starts
-            slots.length[index] = starts + board.ones[: starts.size]
+            # Where nobody else is under way, all tokens there are are known.
+            length = drawn.ends if whole and not board.flights else rows.starts + rows.ones - (flight.ahead - flight.right)
+            rows.starts = starts = length - rows.ones
+            slots.computed[rows.at] = starts
+            slots.length[rows.at] = length
         else:
+            lacking = flight.ahead - flight.right
             slots.computed[index] -= lacking
             slots.length[index] -= lacking
             board.rows = None  # who had come to its limit, by its bound, may go on

@@ -30,16 +30,16 @@ class Launch:
     def launch_decodes(self, rows: Rows, columns: dict[str, Any], outline: Outline | None) -> Planning:
         """A step of decodes only: every row takes one token, or as many of its drafts besides as turn out right."""
         board = self._board
-        slots, index, count = board.slots, rows.index, rows.slots.size
+        slots, at, count = board.slots, rows.at, rows.slots.size
         board.step = step = board.step + 1
-        starts, ones = rows.starts, board.ones[:count]
+        starts, ones = rows.starts, rows.ones
         positions = starts + ones
         width = board.drafting.width if board.drafting is not None and slots.wide else 0
         counts = rows.counts if width else ones
         ends = starts + counts if width else positions  # at most: see Slots.computed
-        slots.computed[index] = ends
-        slots.length[index] = ends + ones
-        slots.last_step[index] = step
+        slots.computed[at] = ends
+        slots.length[at] = ends + ones
+        slots.last_step[at] = step
         flight = Flight(step, rows, positions, rows.left <= 1 + width, rows.tokens)
         loose = EMPTY_U8 if board.drafting is None else board.drafting.loose(rows)
         rows.starts = ends

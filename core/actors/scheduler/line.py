@@ -36,6 +36,7 @@ class Line:
         """Every sequence that can take one token."""
         board = self._board
         slots = board.slots
+        slots.narrow(None)  # which drafts they have is not said yet
         ready = (slots.phase == DECODE) & (slots.length < slots.limit)
         if board.groups:
             ready &= ~slots.solo | (slots.last_step <= board.done_step)
@@ -44,7 +45,7 @@ class Line:
             for slot in board.forking:  # finishes its fork first, so that the other's blocks are not held for it
                 parked[slot] = False
             ready &= ~parked
-        board.rows = slots.gather(np.flatnonzero(ready).astype(np.int32))
+        board.rows = slots.gather(ready.nonzero()[0].astype(np.int32), ascending=True)
         return board.rows
 
     def take_decodes(self, outline: Outline, rows: Rows) -> None:
@@ -136,11 +137,13 @@ class Line:
 
     def next_entries(self, entries: list[Entry], budget: int, room: int) -> list[Entry]:
         """Take from the head of the line what this step can probably start."""
+        if not entries:
+            return []
         board = self._board
         count, tokens = 0, 0.0
         taken: list[Entry] = []
         outlook = None
-        if entries and board.forecast is not None:
+        if board.forecast is not None:
             used, _, total, _, _, quarantined = board.kv
             outlook = board.forecast.outlook(board.slots, total - quarantined, used)
         for entry in entries:

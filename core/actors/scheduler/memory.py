@@ -17,7 +17,7 @@ from penstock.core.actors.scheduler.board import NOBODY, Board, Planning
 from penstock.core.actors.scheduler.line import Line
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
-from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index
+from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index, Rows
 from penstock.core.actors.scheduler.waiting import Entry
 from penstock.core.protocol.columns import I32, Column, i32, i64, u8
 from penstock.core.protocol.hashing import HASH_BYTES
@@ -27,6 +27,8 @@ from penstock.core.protocol.messages import (
 )
 from penstock.core.runtime.actor import Ask, Out
 
+EARLY = 3
+"""Steps for which blocks are asked for early. More would save little, and one question would take longer than all that lies between two."""
 _MAX_ROUNDS = 4
 """Look-ups with different cache hits may leave budget: so often KV is asked again within one plan."""
 
@@ -38,9 +40,20 @@ class Memory:
         self._line = line
         self._beams = beams
 
-    def ask(self, outline: Outline, short: Index, entries: list[Entry]) -> Generator[Out, Any, list[int]]:
+    def early(self, rows: Rows) -> int:
+        """How many tokens further the blocks are to reach that are asked for now: where there is enough for everybody whoever needs one within some steps is asked for with the
+        first, so that KV need not be asked in every step."""
+        board = self._board
+        if board.groups or board.forking or board.blocked:
+            return 0
+        used, _, total, _, _, quarantined = board.kv
+        tokens = EARLY * (1 + rows.most)
+        each = 2 + (tokens + board.slots.beyond) // board.block
+        return tokens if total - used - quarantined >= 2 * rows.slots.size * each else 0
+
+    def ask(self, outline: Outline, short: Index, entries: list[Entry], reach: I32 | None = None) -> Generator[Out, Any, list[int]]:
         """One KvStep: what is pending, blocks for decoding slots (which may first have to fork), look-ups for entries (which are placed if
-        granted). Gives the denied slots."""
+        granted). `reach`: of these slots, where it is known. Gives the denied slots."""
         board = self._board
         refused: list[int] = []
         if board.groups and board.forking:
@@ -48,9 +61,9 @@ class Memory:
             if refused and board.releases:  # what comes back may be enough
                 yield from self.ask(outline, NOBODY, [])
                 refused = self._beams.unaffordable(short.tolist())
-            short = short[~np.isin(short, refused)]
+            short, reach = short[~np.isin(short, refused)], None
             entries = [] if refused else entries  # nobody who waits goes before those that run
-        slots, listed = board.slots, short.tolist()
+        slots = board.slots
         ask: dict[str, Any] = {}
         if entries:  # blocks need a name only before somebody looks for them (or when they are given back)
             self._release.commit(slots.incomplete())
@@ -65,7 +78,7 @@ class Memory:
             ask["release_incarnations"] = i32([r[1] for r in board.releases])
             ask["release_drop"] = u8([r[2] for r in board.releases])
             board.releases = []
-        forks = [slot for slot in listed if slot in board.forking] if board.forking else []
+        forks = [slot for slot in short.tolist() if slot in board.forking] if board.forking else []
         moves = self._beams.moves(outline.rows) if board.groups else []
         if forks and board.groups:  # beams' first, for whom there is enough
             forks.sort(key=lambda slot: slots.solo.item(slot), reverse=True)
@@ -73,9 +86,10 @@ class Memory:
             ask["fork_src"] = slots.seq[[source for _, _, source in moves] + [board.forking[slot] for slot in forks]]
             ask["fork_dst"] = slots.seq[[target for _, target, _ in moves] + forks]
             ask["fork_lens"] = np.concatenate([slots.computed[[target for _, target, _ in moves]], slots.prompt[forks]])
-        reach = slots.reach(short)
+        if reach is None:
+            reach = slots.reach(short)
         if short.size:
-            ask["reserve_seqs"] = slots.seq[short]
+            ask["reserve_seqs"] = outline.asked = slots.seq[short]
             ask["reserve_lens"] = reach
         if entries:
             self._ask_for_entries(ask, short, reach, entries)
@@ -89,7 +103,7 @@ class Memory:
         if forks:
             self._take_forks(outline, forks, grant.forked[len(moves) :])
         if short.size:
-            denied = refused + self._take_grants(outline, short, grant.granted[: short.size] != 0, reach)
+            denied = refused + self._take_grants(outline, short, grant.granted[: short.size], reach)
         if entries:
             self._take_entries(outline, entries, grant, short.size)
         return denied
@@ -142,12 +156,14 @@ class Memory:
         if outline.stalled:
             left = ~np.isin(short, list(outline.stalled))
             short, granted, reach = short[left], granted[left], reach[left]
-        if granted.all():
+            outline.asked = outline.asked[left]
+        if np.count_nonzero(granted) == granted.size:
             slots.hold(short, reach)
             outline.short = short
             return []
-        slots.hold(short[granted], reach[granted])
-        denied: list[int] = short[~granted].tolist()
+        had = granted != 0
+        slots.hold(short[had], reach[had])
+        denied: list[int] = short[~had].tolist()
         return denied
 
     def _take_entries(self, outline: Outline, entries: list[Entry], grant: KvGrant, offset: int) -> None:

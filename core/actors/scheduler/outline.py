@@ -13,7 +13,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.slots import Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, I32, Column, i32
 from penstock.core.protocol.messages import KvGrant, LogprobColumns, MaskRequest, SlotSampling
 
 NO_ROWS: Index = np.empty(0, np.intp)
@@ -28,6 +28,7 @@ class Outline:
     """`budget` tokens are left; `rows` decode, `chunks` are (slot, start, count) of prompts."""
 
     __slots__ = (
+        "asked",
         "blocks",
         "budget",
         "chunks",
@@ -63,6 +64,8 @@ class Outline:
         """Slots that sit this step out for want of memory."""
         self.short: Index = NO_ROWS
         """Slots that were asked for, if all got their blocks."""
+        self.asked: Column = EMPTY_I64
+        """Sequences that were asked for last."""
         self.full = False
         """Memory denied somebody who waits: nobody behind may overtake."""
         self.prefill_turn = False
@@ -106,7 +109,7 @@ class Outline:
         blocks = carried + self.blocks if carried else self.blocks
         if blocks:
             seqs, index, ids = blocks[0] if len(blocks) == 1 else (np.concatenate([b[i] for b in blocks]) for i in range(3))
-            if len(blocks) == 1 and seqs.size == self.short.size >= MANY_BLOCKS and (seqs == slots.seq[self.short]).all():
+            if len(blocks) == 1 and seqs.size == self.short.size >= MANY_BLOCKS and np.count_nonzero(seqs == self.asked) == seqs.size:
                 columns["block_slots"], columns["block_index"], columns["block_ids"] = self.short.astype(np.int32), index, ids
                 return columns
             listed = [-1 if (sequence := live.get(seq)) is None else sequence.slot for seq in seqs.tolist()]
@@ -120,11 +123,14 @@ class Outline:
 
 class Flight:
     """Row i samples position `positions[i]` of `rows.slots[i]`; where it is `loose` that is known when it lands, and they are the last that it can be. `capped`:
-    some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all; `stood`: of these,
-    drafts that turned out to be there; `drafts`: how many are made behind it; `chosen`: the width
+    some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all, `most` in a row; `stood`: of these,
+    drafts that turned out to be there; `right`: once it has landed, those that were right, whether they stood or not, and `firsts`: where the tokens of each row begin; `drafts`: how many are made behind it; `chosen`: the width
     that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
     is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing. `beside`: of a step
     with prompts, where there is a pace: rows that decode, the positions they read, the pairs of positions that prompts attend, and the pace's limit."""
+
+    right: I32
+    firsts: I32
 
     __slots__ = (
         *(
@@ -137,12 +143,15 @@ class Flight:
             "drafted",
             "drafts",
             "early",
+            "firsts",
             "loose",
             "masked",
+            "most",
             "positions",
             "prompts",
             "pure",
             "resting",
+            "right",
             "rows",
             "scored",
             "started",
@@ -161,7 +170,7 @@ class Flight:
         self.tokens = tokens
         self.ahead: I32 = EMPTY_I32
         self.stood: I32 = EMPTY_I32
-        self.width = self.drafts = self.drafted = self.chosen = 0
+        self.width = self.drafts = self.drafted = self.chosen = self.most = 0
         self.pure = self.alone = self.loose = self.asks = self.early = self.resting = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []

@@ -141,7 +141,7 @@ class Release:
         if group is None:
             sequence.outputs = board.slots.outputs(slot)
             if board.drafting is not None:
-                sequence.drafts = board.drafting.had(slot)
+                sequence.drafts = board.drafting.tally.had(slot)
         others, sequence.attached = sequence.attached, []
         if board.slots.phase[slot] == PREFILL:
             board.prefilling.remove(slot)

@@ -33,7 +33,7 @@ from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.waiting import Group, Request, Sequence
 from penstock.core.actors.scheduler.widths import Widths
 from penstock.core.contract.policy import SchedulePolicy
-from penstock.core.protocol.columns import i32, i64
+from penstock.core.protocol.columns import EMPTY_I32, i32, i64
 from penstock.core.protocol.hashing import HASH_BYTES
 from penstock.core.protocol.messages import (
     ABORTED,
@@ -249,7 +249,7 @@ class Scheduler:
                 continue
             rows.append((seq, sequence.request.incarnation, board.received(sequence), ABORTED))
             ending.append(sequence)
-        told: dict[str, Any] = {} if board.drafting is None else board.drafting.told_of(ending)
+        told: dict[str, Any] = {} if board.drafting is None else board.drafting.tally.told_of(ending)
         for sequence in ending:
             self._release.end(sequence)
         if rows:
@@ -359,22 +359,24 @@ class Scheduler:
             board.drafting.share(rows)
         budget = board.settings.max_num_batched_tokens
         due = bool(board.releases)
-        short = rows.index[board.slots.short(rows)]
+        short, reach = board.slots.short(rows)
         quiet = not (short.size or due or board.prefilling or board.carried or self._line.may_admit())
         if quiet and board.groups:
             quiet = not self._beams.pending()
         if quiet and 0 < rows.tokens <= budget:
             yield from self._launch.launch_decodes(rows, {}, None)
             return True
-        outline = Outline(budget)
+        outline, tokens = Outline(budget), rows.tokens
         self._line.take_decodes(outline, rows)
         self._line.take_chunks(outline)
         entries, room = self._line.entries(outline)
         asked = self._line.next_entries(entries, outline.budget, room)
-        if outline.rows is not rows:
-            short = outline.rows.index[board.slots.short(outline.rows)] if outline.rows is not None else NOBODY
+        if outline.rows is not rows or rows.tokens != tokens:
+            short, reach = board.slots.short(outline.rows) if outline.rows is not None else (NOBODY, EMPTY_I32)
+        if short.size and outline.rows is not None and (early := self._memory.early(outline.rows)):
+            short, reach = board.slots.short(outline.rows, early)
         if short.size or asked or due or (board.groups and self._beams.moves(outline.rows)):
-            denied = yield from self._memory.ask(outline, short, asked)
+            denied = yield from self._memory.ask(outline, short, asked, reach)
             if denied or outline.stalled:
                 yield from self._memory.relieve(outline, denied)
                 self._memory.drop_stalled(outline)

@@ -1,4 +1,4 @@
-"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, speculation, streams, compare.
+"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, speculation, machinery, streams, compare.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
 It is long because each command stands here with its options.
@@ -561,6 +561,34 @@ def speculation(
             click.echo(f"{count} at once:")
             common, asks = known_answers(folder, its, count, output_len, cases or list(known.CASES))
             told(measured(parsed, {**common, **options}, asks, turns=turns), shape=shape, rows=count)
+
+
+@bench.command()
+@click.option("--rows", type=COUNT, multiple=True, default=(256,), show_default=True, help="Sequences that decode at once (several times).")
+@click.option(
+    "--drafts", type=AMOUNT, multiple=True, default=(0, 4), show_default=True, help="Drafts of each; 0: without drafters (several times)."
+)
+@click.option("--block-size", type=COUNT, default=16, show_default=True, help="Tokens of a KV block.")
+@click.option("--depth", type=COUNT, default=1, show_default=True, help="Steps in flight.")
+@click.option("--gaps", is_flag=True, help="Every second slot is free: sequences do not lie side by side.")
+@click.option("--steps", type=COUNT, default=100, show_default=True, help="Of each run.")
+@click.option("--repeats", type=COUNT, default=15, show_default=True, help="Runs, of which the lowest and the median are told.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
+def machinery(
+    rows: tuple[int, ...], drafts: tuple[int, ...], block_size: int, depth: int, gaps: bool, steps: int, repeats: int, json_file: str | None
+) -> None:
+    """What the scheduler computes a step, with a device that computes nothing, and where it goes, as a Markdown table."""
+    from penstock.plugins.commands.bench.machinery import measured, table
+
+    settings = {"block_size": block_size, "depth": depth, "gaps": gaps, "steps": steps, "repeats": repeats}
+    load = os.getloadavg()[0]
+    found = [
+        measured(count, each, block=block_size, depth=depth, steps=steps, repeats=repeats, gaps=gaps) for count in rows for each in drafts
+    ]
+    for line in table(found):
+        click.echo(line)
+    click.echo(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    write_json(json_file, "machinery", settings, {"results": found})
 
 
 CASES = ("latency", "events", "retained", "stalled")
