@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -191,16 +191,15 @@ def test_a_time_is_that_of_the_distinct_calls_once(monkeypatch: pytest.MonkeyPat
         def __init__(self) -> None:
             self.calls = 0
 
+        def capture_begin(self, pool: object) -> None:
+            recording[0], self.calls = True, -len(captured)
+
+        def capture_end(self) -> None:
+            recording[0], self.calls = False, self.calls + len(captured)
+
         def replay(self) -> None:
             replays.append(self.calls)
             now[0] += self.calls * (3.0 if len(replays) == 1 else 1.0)
-
-    @contextlib.contextmanager
-    def graph(one: Graph) -> Iterator[None]:
-        recording[0] = True
-        before = len(captured)
-        yield
-        one.calls, recording[0] = len(captured) - before, False
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -215,7 +214,8 @@ def test_a_time_is_that_of_the_distinct_calls_once(monkeypatch: pytest.MonkeyPat
         def elapsed_time(self, later: Event) -> float:
             return later.at - self.at
 
-    for name, value in {"CUDAGraph": Graph, "graph": graph, "Event": Event, "synchronize": lambda: None}.items():
+    made: dict[str, Any] = {"CUDAGraph": Graph, "Event": Event, "Stream": object, "stream": contextlib.nullcontext}
+    for name, value in {**made, "graph_pool_handle": lambda: None, "synchronize": lambda: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
     def call() -> torch.Tensor:
