@@ -120,8 +120,15 @@ class DeviceStand:
         return text
 
     def time(self, candidate: Tiles, load: int) -> float:
-        """See Stand: of each of the load's distinct calls once."""
-        graph = self._graph(candidate, load)
+        """See Stand: of each of the load's distinct calls once. Raises MemoryError or Lost."""
+        try:
+            return self._time(self._graph(candidate, load), load)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from None
+        except RuntimeError as error:  # it has run before, when it was checked
+            raise Lost(f"{key_of(candidate)}: {error}") from error
+
+    def _time(self, graph: torch.cuda.CUDAGraph, load: int) -> float:
         calls = self._loads[load]
         clocks: Any = torch.cuda.Event
         events = [(clocks(enable_timing=True), clocks(enable_timing=True)) for _ in range(REPLAYS)]
