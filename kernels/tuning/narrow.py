@@ -169,9 +169,9 @@ def _few(card: Card) -> list[Tile]:
     return tiles(("BN", "STAGES"), (64, 12), (64, 8), (64, 10), (128, 8), (128, 6), (128, 7), (32, 16), (32, 12), (256, 4))
 
 
-def _stages(card: Card) -> list[Tile]:
-    """Sizes stay: by them the kernel counts its turns (kernels/w8a8/triton.py)."""
-    return tiles(("GROUP", "num_stages"), *((group, stages) for group in (4, 8, 16) for stages in (2, 3, 4, 5, 6)))
+def _stages(most: int) -> Callable[[Card], list[Tile]]:
+    """Sizes stay: by them the kernel counts its turns (kernels/w8a8/triton.py). `most`: of their stages a Hopper's shared memory holds."""
+    return lambda card: tiles(("GROUP", "num_stages"), *((group, stages) for group in (4, 8, 16) for stages in range(2, most + 1)))
 
 
 SECTIONS = [
@@ -188,10 +188,10 @@ SECTIONS = [
             lambda s: _eight(s, "w8a8.few", (1, 32, 64), ("fp8", "int8"), wide=False), narrow=True, hopper=True),
     Section("w8a8.few.wide", "the same, many outputs", _few,
             lambda s: _eight(s, "w8a8.few.wide", (1, 32, 64), ("fp8", "int8"), wide=True), narrow=True, hopper=True),
-    Section("w8a8.low", "inputs of 8 bits, some 128 rows", _stages, lambda s: _eight(s, "w8a8.low", (128, 256), ("fp8", "int8")), narrow=True),
-    Section("w8a8", "inputs of 8 bits, some 512 rows", _stages, lambda s: _eight(s, "w8a8", (512,), ("fp8", "int8")), narrow=True),
-    Section("w8a8.many", "FP8 inputs, many rows", _stages, lambda s: _eight(s, "w8a8.many", (2048,), ("fp8",)), narrow=True),
-    Section("w8a8.many.int8", "int8 inputs, many rows", _stages, lambda s: _eight(s, "w8a8.many.int8", (2048,), ("int8",)), narrow=True),
-    Section("w8a8.exact", "FP8 inputs, sums in float32", _stages, lambda s: _eight(s, "w8a8.exact", (512,), ("fp8",), exact=True), narrow=True),
-    Section("w8a8.blocks", "FP8 in blocks of 128 x 128", _stages, lambda s: _eight(s, "w8a8.blocks", (512, 2048), ("fp8",), blocks=True), narrow=True),
+    Section("w8a8.low", "inputs of 8 bits, some 128 rows", _stages(6), lambda s: _eight(s, "w8a8.low", (128, 256), ("fp8", "int8")), narrow=True),
+    Section("w8a8", "inputs of 8 bits, some 512 rows", _stages(6), lambda s: _eight(s, "w8a8", (512,), ("fp8", "int8")), narrow=True),
+    Section("w8a8.many", "FP8 inputs, many rows", _stages(4), lambda s: _eight(s, "w8a8.many", (2048,), ("fp8",)), narrow=True),
+    Section("w8a8.many.int8", "int8 inputs, many rows", _stages(4), lambda s: _eight(s, "w8a8.many.int8", (2048,), ("int8",)), narrow=True),
+    Section("w8a8.exact", "FP8 inputs, sums in float32", _stages(4), lambda s: _eight(s, "w8a8.exact", (512,), ("fp8",), exact=True), narrow=True),
+    Section("w8a8.blocks", "FP8 in blocks of 128 x 128", _stages(6), lambda s: _eight(s, "w8a8.blocks", (512, 2048), ("fp8",), blocks=True), narrow=True),
 ]  # fmt: skip

@@ -77,20 +77,19 @@ def tune(
             skipped.append(job.name)
             continue
         tell(index, job, 0, "making room")
+
+        def told(done: int, what: str, index: int = index, job: Job = job) -> None:
+            tell(index, job, done, what)
+
         try:
             stand = stand_of(job)
+            try:
+                outcome = search(stand, job.present, job.candidates, clock=clock, until=until, tell=told)
+                keep(job, outcome, outcome.tiles is not None and key_of(outcome.tiles) in stand.other_bits)
+            finally:
+                stand.close()
         except MemoryError:
             skipped.append(f"{job.name} (its loads do not fit into the memory)")
-            continue
-        try:
-
-            def told(done: int, what: str, index: int = index, job: Job = job) -> None:
-                tell(index, job, done, what)
-
-            outcome = search(stand, job.present, job.candidates, clock=clock, until=until, tell=told)
-            keep(job, outcome, outcome.tiles is not None and key_of(outcome.tiles) in stand.other_bits)
         except Lost as lost:
             return Ended([*skipped, *(one.name for one in jobs[index:])], str(lost))
-        finally:
-            stand.close()
     return Ended(skipped, None)

@@ -88,7 +88,8 @@ def search(
     loads = range(len(stand.loads))
     others = [candidate for candidate in candidates if candidate != present]
     wrong: list[tuple[Tiles, str]] = []
-    stand.prepare([present])
+    tell(0, "compiling")
+    stand.prepare([present, *others[:CHUNK]])
     fault = stand.check(present)
     if fault is not None:
         wrong.append((present, fault))
@@ -99,8 +100,9 @@ def search(
         chunk = others[first : first + CHUNK]
         if clock() >= until:
             break
-        tell(done, "compiling")
-        stand.prepare(chunk)
+        if first:
+            tell(done, "compiling")
+            stand.prepare(chunk)
         if fault is None:
             base = [stand.time(present, load) for load in loads]
         for candidate in chunk:

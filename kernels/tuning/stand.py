@@ -50,6 +50,8 @@ class DeviceStand:
         self._bits: dict[tuple[int, int], Tensor] = {}
         self._results: dict[tuple[int, int], Tensor] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._stream: Any = None
         self.other_bits: set[str] = set()
         """Candidates (`key_of`) with results other than those of what is in use."""
 
@@ -118,8 +120,15 @@ class DeviceStand:
         return text
 
     def time(self, candidate: Tiles, load: int) -> float:
-        """See Stand: of each of the load's distinct calls once."""
-        graph = self._graph(candidate, load)
+        """See Stand: of each of the load's distinct calls once. Raises MemoryError or Lost."""
+        try:
+            return self._time(self._graph(candidate, load), load)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from None
+        except RuntimeError as error:  # it has run before, when it was checked
+            raise Lost(f"{key_of(candidate)}: {error}") from error
+
+    def _time(self, graph: torch.cuda.CUDAGraph, load: int) -> float:
         calls = self._loads[load]
         clocks: Any = torch.cuda.Event
         events = [(clocks(enable_timing=True), clocks(enable_timing=True)) for _ in range(REPLAYS)]
@@ -141,15 +150,22 @@ class DeviceStand:
 
     def _graph(self, candidate: Tiles, load: int) -> torch.cuda.CUDAGraph:
         key = key_of(candidate), load
+        streams: Any = torch.cuda
         if key not in self._graphs:
             with gpu.trying({**self._others, **candidate}):
                 for call in self._loads[load].calls[: self._loads[load].distinct]:
                     call()
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    for call in self._loads[load].calls:
-                        call()
+                if self._pool is None:
+                    self._pool, self._stream = torch.cuda.graph_pool_handle(), streams.Stream()
+                with torch.cuda.stream(self._stream):  # torch.cuda.graph would empty the allocator's cache each time
+                    graph.capture_begin(pool=self._pool)
+                    try:
+                        for call in self._loads[load].calls:
+                            call()
+                    finally:
+                        graph.capture_end()
             self._graphs[key] = graph
         return self._graphs[key]
 

@@ -219,16 +219,21 @@ def test_a_device_that_gives_up_ends_it() -> None:
     assert runs.kept == [("a", True, False)]
 
 
-def test_what_does_not_fit_into_the_memory_is_left_out() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_what_does_not_fit_into_the_memory_is_left_out(late: bool) -> None:
+    def full(load: int, ran: int) -> float:
+        raise MemoryError
+
     def make(job: Job) -> Fake:
-        if job.name == "a":
+        if job.name == "a" and not late:
             raise MemoryError
-        return Fake({0: 1.0, 1: 0.5})
+        return Fake({0: 1.0, 1: full if job.name == "a" else 0.5})
 
     runs = Runs(make)
     ended = runs.run(jobs("a", "b"))
     assert ended.skipped == ["a (its loads do not fit into the memory)"]
     assert runs.kept == [("b", True, False)]
+    assert all(stand.closed for stand in runs.stands)
 
 
 def test_a_limit_is_shared_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -177,6 +178,60 @@ def test_a_stand_takes_the_winners_of_other_tables(device: str) -> None:
     assert one.check({"rmsnorm": {"num_warps": 2}}) is None
     assert seen[-1] == ({"BLOCK": 64}, {"num_warps": 2})
     assert gpu.tuned("gated") != {"BLOCK": 64}
+
+
+def test_a_time_is_that_of_the_distinct_calls_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a made-up clock: a replay takes a millisecond a call, the first thrice as long; four calls are two, twice."""
+    now = [0.0]
+    captured: list[int] = []
+    replays: list[int] = []
+    recording = [False]
+
+    class Graph:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def capture_begin(self, pool: object) -> None:
+            recording[0], self.calls = True, -len(captured)
+
+        def capture_end(self) -> None:
+            recording[0], self.calls = False, self.calls + len(captured)
+
+        def replay(self) -> None:
+            replays.append(self.calls)
+            now[0] += self.calls * (3.0 if len(replays) == 1 else 1.0)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            """Nothing to wait for."""
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    made: dict[str, Any] = {"CUDAGraph": Graph, "Event": Event, "Stream": object, "stream": contextlib.nullcontext}
+    for name, value in {**made, "graph_pool_handle": lambda: None, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def call() -> torch.Tensor:
+        if recording[0]:
+            captured.append(gpu.tuned("rmsnorm")["num_warps"])
+        return torch.ones(1)
+
+    section = SECTIONS["rmsnorm"]._replace(loads=lambda shape: {"load": lambda room: Load([call] * 4, 2, [])})
+    one = stand.DeviceStand(section, [TINY], Room(torch.device("cpu")), {"rmsnorm": {"num_warps": 4}})
+    assert one.time({"rmsnorm": {"num_warps": 8}}, 0) == pytest.approx(0.002)
+    assert captured == [8, 8, 8, 8], "the candidate's tile is in what is replayed"
+    assert replays == [4] * (1 + 3), "one to warm up, three of four milliseconds"
+    one.time({"rmsnorm": {"num_warps": 8}}, 0)
+    assert len(captured) == 4, "captured once"
+    one.time({"rmsnorm": {"num_warps": 2}}, 0)
+    assert captured[4:] == [2, 2, 2, 2]
 
 
 @pytest.mark.gpu
