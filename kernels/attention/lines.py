@@ -30,11 +30,10 @@ def _bit(words, n):
     at = (words * 0 + n * 0).to(tl.int32)
     left = at + n
     for log in tl.static_range(5, -1, -1):
-        WIDTH: tl.constexpr = 1 << log
-        below = seen_of((words >> at.to(tl.int64)) & ((1 << WIDTH) - 1))
+        below = seen_of((words >> at.to(tl.int64)) & ((1 << (1 << log)) - 1))
         up = left >= below
         left -= tl.where(up, below, 0)
-        at += tl.where(up, WIDTH, 0)
+        at += tl.where(up, 1 << log, 0)
     return at
 
 

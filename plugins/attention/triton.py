@@ -101,10 +101,7 @@ class TritonAttention(Pages):
         return rope_and_cache(qkv, *at, q_norm=q_norm, k_norm=k_norm, eps=eps, k_out=kept, codes=cache.codes, fixed=cache.fixed)
 
     def _reads_own(self, columns: Columns) -> bool:
-        """Whether this step's keys are read from its projection: faster than through the pages, but bits then depend on how a prompt was cut. Nodes of a tree see each other's
-        codes, as they would in steps of their own."""
-        if self.kv and columns.ancestors is not None:
-            return False
+        """Whether this step's keys are read from its projection: faster than through the pages, but bits then depend on how a prompt was cut."""
         return not self.deterministic and columns.num_decode < columns.slots.shape[0]
 
     def _own(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
