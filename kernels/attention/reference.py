@@ -30,7 +30,6 @@ def paged_attention(
 ) -> Tensor:
     """q [T, Hq, D]; [T, Hq, D] in q's dtype."""
     out = torch.empty_like(q)
-    size = k_cache.shape[2]
     group = q.shape[1] // k_cache.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     for row in range(kv_len.shape[0]):

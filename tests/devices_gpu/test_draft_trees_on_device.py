@@ -100,12 +100,26 @@ def alike(mine: list[Job], theirs: list[Job]) -> None:
     ],
 )
 def test_answers_are_those_without(
-    method: str, kv: str, deterministic: bool, window: int, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    method: str,
+    kv: str,
+    deterministic: bool,
+    window: int,
+    make_folder: Callable[..., Path],
+    config_for: Any,
+    make_head: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Alike, and in deterministic mode to the bit."""
-    folder = make_folder("mistral", torch.bfloat16, sliding_window=window, **SHAPE) if window else make_folder("llama", torch.bfloat16, **SHAPE)
+    folder = (
+        make_folder("mistral", torch.bfloat16, sliding_window=window, **SHAPE) if window else make_folder("llama", torch.bfloat16, **SHAPE)
+    )
     same = exact if deterministic else alike
-    over: dict[str, Any] = {"deterministic": deterministic, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20, "kv_cache_dtype": kv}
+    over: dict[str, Any] = {
+        "deterministic": deterministic,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 64 << 20,
+        "kv_cache_dtype": kv,
+    }
 
     def load(**more: Any) -> Any:
         runner = CudaDevice().load(config_for(folder, **over, **more), lambda phase, fraction: None)

@@ -177,7 +177,9 @@ def test_over_eight_bits(kind: str, window: int, device: str) -> None:
 LONG = [(0, 3), (61, 7)] if not torch.cuda.is_available() else [(0, 3), (61, 7), (1020, 20), (3, 64), (5000, 16)]
 
 
-EVERY = [(kind, window) for kind in ("", *KINDS) for window in (0, 5, 66)] if torch.cuda.is_available() else [("", 0), ("", 66), ("int8", 5)]
+EVERY = (
+    [(kind, window) for kind in ("", *KINDS) for window in (0, 5, 66)] if torch.cuda.is_available() else [("", 0), ("", 66), ("int8", 5)]
+)
 
 
 @pytest.mark.parametrize(("kind", "window"), EVERY)
