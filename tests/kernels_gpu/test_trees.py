@@ -166,15 +166,17 @@ def test_nodes_see_their_ancestors_alone(heads: int, kv_heads: int, dim: int, wi
     case.check(case.ragged(), TOLERANCE[dtype], spoilt=True)
 
 
-@pytest.mark.parametrize("window", [0, 5])
-@pytest.mark.parametrize("kind", KINDS if torch.cuda.is_available() else ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [(kind, window) for kind in KINDS for window in (0, 5)] if torch.cuda.is_available() else [("int8", 0), ("fp8_e4m3", 5)],
+)
 def test_over_eight_bits(kind: str, window: int, device: str) -> None:
     case = Case(SHAPE, kind, 4, 2, 32, torch.bfloat16, device, window)
     case.check(case.flat(), 2e-2, spoilt=False)
     case.check(case.ragged(), 2e-2, spoilt=True)
 
 
-LONG = [(0, 3), (61, 7)] if not torch.cuda.is_available() else [(0, 3), (61, 7), (1020, 20), (3, 64), (5000, 16)]
+LONG = [(0, 3), (61, 5)] if not torch.cuda.is_available() else [(0, 3), (61, 7), (1020, 20), (3, 64), (5000, 16)]
 
 
 EVERY = (
