@@ -11,7 +11,8 @@ q and caches: bfloat16 or float32, alike, or caches of codes and `scales`; both 
 position: not on the batch, nor on how a prefill was cut.
 
 `ancestors`, for rows that are nodes of a tree of drafts: of the 64 keys up to its own a row sees those whose bit is 1, bit i being the key i places before it; -1 is causal
-attention. Where the key stands is one thing then, its position (what it was rotated by) another. `move_kv` moves the entries of places, one pair after the other; pairs with
+attention. Where the key stands is one thing then, its position (what it was rotated by) another: the keys that a row sees are at the positions up to its own, one each and in this order, and its bits
+are those that it would have with each of them at its position. Windows count positions. `move_kv` moves the entries of places, one pair after the other; pairs with
 a place below 0 are left out.
 """
 

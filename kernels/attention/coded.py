@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.attention.codes import KINDS, decode, encode
+from penstock.kernels.attention.lines import place_of, shortened
 from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import interpreting, tuned
@@ -128,9 +129,10 @@ def pages_of(table, at, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def scales_at(scales, page, sb, base, at, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
-    """(of keys, of values), float32; 0 for positions at `limit` and beyond, where memory may hold NaN. One load of four bytes, which may be asynchronous."""
-    where = page * sb + base + at % SIZE
+def scales_at(scales, page, sb, base, at, spot, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
+    """(of keys, of values), float32; 0 for positions at `limit` and beyond, where memory may hold NaN. One load of four bytes, which may be asynchronous. spot: where positions
+    lie, as if the sequence's pages were one."""
+    where = page * sb + base + spot % SIZE
     if MASK:
         both = tl.load(scales + where, mask=at < limit, other=0)
     else:
@@ -223,32 +225,41 @@ def _retyped(codes, KIND: tl.constexpr):
 @triton.jit
 def _keys(
     acc, m, z, q, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr, word=None, place=0, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, 2 M],
     halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap). Acc and z are 2**(m - TOP) times smaller than they say. Without WINDOW page
     numbers are read a block ahead, so that no load waits for another, and codes behind the last key are read too, as whatever numbers they are: a
-    block that was masked as it is loaded would be a pipeline of its own."""
+    block that was masked as it is loaded would be a pipeline of its own. LINE: a key's position is not its place (lines.py)."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
     FEW: tl.constexpr = BLOCK_N // SIZE if BLOCK_N > SIZE else 1
     few = tl.arange(0, FEW)
-    if not WINDOW:
+    AHEAD: tl.constexpr = not WINDOW and not LINE
+    if AHEAD:
         following = tl.load(table + start // SIZE + few, mask=few * SIZE < end - start, other=0)
     for first in range(start, end, BLOCK_N):
         at = first + n
-        if not WINDOW:
+        spot = at
+        if AHEAD:
             page = tl.reshape(tl.broadcast_to(following[:, None], (FEW, BLOCK_N // FEW)), (BLOCK_N,))
             page = tl.max_constancy(page.to(tl.int64), [16])
             after = first + BLOCK_N + few * SIZE
             following = tl.load(table + after // SIZE, mask=after < end, other=0)
+            inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
+        elif LINE:
+            spot = place_of(word, place, at)
+            page = tl.load(table + spot // SIZE, mask=at < length, other=0).to(tl.int64)
+            inside = spot % SIZE
         else:
             page = pages_of(table, at, length, True, SIZE)
-        inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
+            inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
         where = (page * kb + base + inside * D)[:, None] + d[None, :]
-        where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
-        if WINDOW:
+        where_v = (page * kb + base + inside)[None, :] + (d * SIZE)[:, None]
+        if not LINE:
+            where_v = tl.max_contiguous(tl.multiple_of(where_v, [1, 16]), [1, 16])
+        if not AHEAD:
             if DP == D:
                 codes = tl.load(k + where)
                 more = tl.load(v + where_v)
@@ -263,7 +274,7 @@ def _keys(
         else:
             codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0.0)
             more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0.0)
-        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, WINDOW, SIZE)
+        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, spot, length, not AHEAD, SIZE)
         s = _product(codes, q, m.shape[0], KIND) * k_scale[:, None] * to2[None, :]
         if SOFTCAP:
             s = (soft * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
@@ -295,7 +306,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -313,6 +324,11 @@ def split(
         row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
         mine = tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1
         length = tl.where(mine, length, 0)
+    place = length - 1
+    word = None
+    if TREE:
+        word = tl.load(ancestors + row, cache_modifier=".cg")
+        length = shortened(length, word)
     base = group.to(tl.int64) * kh
     sbase = group * SIZE
     low = 0
@@ -344,9 +360,17 @@ def split(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
+        whole = end
+        if TREE:  # what lies 64 and more before the row's own place lies at its position
+            whole = start + tl.maximum(tl.minimum(end, place - 63) - start, 0) // BLOCK_N * BLOCK_N
         acc, m, parts = _keys(
-            acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, KIND,
+            acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, whole, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, KIND,
         )  # fmt: skip
+        if TREE:
+            acc, m, parts = _keys(
+                acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, whole, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, KIND,
+                word, place, True,
+            )  # fmt: skip
         z = tl.sum(parts, 0)
         TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
         if SINKS and span <= size:

@@ -8,6 +8,10 @@ p = the row's position = kv_len - rows + t. Softmax is computed online over bloc
 al. 2023, arXiv:2309.06180; split KV: Flash-Decoding (Dao et al. 2023); sinks: Xiao et al. 2023, arXiv:2309.17453; soft-cap: Gemma 2,
 arXiv:2408.00118.
 
+Rows that are nodes of a tree of drafts (`ancestors`) lie elsewhere than at their positions. A row by itself reads its keys in the order of their positions, each from
+where it lies (`lines.py`), so that its bits are those that it would have along a chain, in deterministic mode, too; rows that share a tile read keys in the order of their
+places under a mask.
+
 What a row's result depends on: its own sequence and position only. Key blocks start at multiples of BLOCK_N of the absolute position, so the
 ragged kernel gives a token the same bits in any chunk (blocks that are wholly masked for a row leave its sums untouched). The split kernel cuts
 [lo, kv_len) into pieces of max(MIN_SPLIT, ceil(span / SPLITS) rounded up to BLOCK_N) keys and combines them in ascending order in one
@@ -30,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.attention import coded
 from penstock.kernels.attention.coded import Codes, pages_of, scales_at, widen
+from penstock.kernels.attention.lines import lowest, place_of, seen_of, shortened
 from penstock.kernels.attention.moves import move_kv
 from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
@@ -84,35 +89,45 @@ def _keys(
     acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
     DENSE: tl.constexpr, scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr,
-    V_RECIPE: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
+    V_RECIPE: tl.constexpr, ancestors=None, TREE: tl.constexpr = False, seen_last=None, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
     Paged: k and v are pointers, table the sequence's pages, base the head's offset. DENSE: k and v are descriptors of [T, Hkv * D], table the row
     that belongs to key 0, base the head's first column. KIND: k and v are codes as in coded.py. TREE: `ancestors` [BLOCK_M] says what each row sees of the 64 keys up to its
-    own; what no row sees may be NaN.
+    own, `seen_last` [BLOCK_M] how many of them; what no row sees may be NaN. LINE: there is one row, and a key's position is not its place: `ancestors` is its word, `seen_last` its
+    own place.
     """
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     for first in range(start, end, BLOCK_N):
         at = first + n
+        spot = at
+        if LINE:
+            spot = place_of(ancestors, seen_last, at)
         if DENSE:
             keys = k.load([table + first, base])
         elif KIND != "":
-            page = pages_of(table, at, limit, MASK, SIZE)
-            inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
+            if LINE:
+                page = tl.load(table + spot // SIZE, mask=at < limit, other=0).to(tl.int64)
+                inside = spot % SIZE
+            else:
+                page = pages_of(table, at, limit, MASK, SIZE)
+                inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
             where = (page * kb + base + inside * D)[:, None] + d[None, :]
-            where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
+            where_v = (page * kb + base + inside)[None, :] + (d * SIZE)[:, None]
+            if not LINE:
+                where_v = tl.max_contiguous(tl.multiple_of(where_v, [1, 16]), [1, 16])
             if DP == D:
                 keys = widen(tl.load(k + where), KIND, K_RECIPE, q.dtype == tl.bfloat16)
             else:
                 keys = widen(tl.load(k + where, mask=(d < D)[None, :], other=0), KIND, K_RECIPE, q.dtype == tl.bfloat16)
         else:
             if MASK:
-                page = tl.load(table + at // SIZE, mask=at < limit, other=0).to(tl.int64)
+                page = tl.load(table + spot // SIZE, mask=at < limit, other=0).to(tl.int64)
             else:
-                page = tl.load(table + at // SIZE).to(tl.int64)
-            where = (page * kb + base + (at % SIZE) * D)[:, None] + d[None, :]
+                page = tl.load(table + spot // SIZE).to(tl.int64)
+            where = (page * kb + base + (spot % SIZE) * D)[:, None] + d[None, :]
             if MASK:
                 exists = (at < limit)[:, None] & (d < D)[None, :]
                 keys = tl.load(k + where, mask=exists, other=0.0)
@@ -125,19 +140,22 @@ def _keys(
         else:
             s = tl.dot(q, tl.trans(keys))
         if KIND != "":
-            k_scale, v_scale = scales_at(scales, page, sb, sbase, at, limit, MASK, SIZE)
+            k_scale, v_scale = scales_at(scales, page, sb, sbase, at, spot, limit, MASK, SIZE)
             s = s * k_scale[None, :]
         if SOFTCAP:
             # tanh(y) = 1 - 2 / (1 + exp(2y)), exact at both ends; soft = softcap, scale2 = 2 scale / softcap * log2(e)
             s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
         if MASK:
             seen = (at[None, :] <= position[:, None]) & (at < limit)[None, :] & valid[:, None]
-            if WINDOW:
-                seen = seen & (at[None, :] > position[:, None] - window)
             if TREE:
                 back = position[:, None] - at[None, :]
                 bit = (ancestors[:, None] >> tl.minimum(tl.maximum(back, 0), 63).to(tl.int64)) & 1
+                if WINDOW:  # of the last 64 `ancestors` has no more than the window
+                    seen = seen & ((back < 64) | (back - 64 + seen_last[:, None] < window))
                 seen = seen & ((back >= 64) | (bit == 1))
+            elif WINDOW:
+                seen = seen & (at[None, :] > position[:, None] - window)
+            if TREE:
                 some = tl.max(seen.to(tl.int32), 0) > 0
             s = tl.where(seen, s, float("-inf"))
         if SOFTCAP:
@@ -190,9 +208,16 @@ def _range(
     acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr,
     scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
+    seen_last=None, LINE: tl.constexpr = False,
 ):  # fmt: skip
     """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
-    window); the rest goes under a mask."""
+    window); the rest goes under a mask. LINE: those before `whole` lie in the places of their positions."""
+    if WINDOW and LINE:
+        acc, m, z = _keys(
+            acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+        )  # fmt: skip
+        start = whole
     if not WINDOW:
         acc, m, z = _keys(
             acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, False,
@@ -201,7 +226,7 @@ def _range(
         start = whole
     return _keys(
         acc, m, z, q, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True, WINDOW,
-        SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE, ancestors, TREE,
+        SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE, ancestors, TREE, seen_last, LINE,
     )  # fmt: skip
 
 
@@ -285,15 +310,24 @@ def _ragged(
             end = context + tl.minimum(t0 + BLOCK_Q, rows)
             start = 0
             if WINDOW:
-                start = tl.maximum(context + t0 - window + 1, 0) // BLOCK_N * BLOCK_N
+                nearest = context + t0 - window + 1
+                if TREE:  # a node's position lies at most 63 before its place
+                    nearest -= 63
+                start = tl.maximum(nearest, 0) // BLOCK_N * BLOCK_N
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             z = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DP], tl.float32)
             # what is visible to all rows of the tile, block by block, then the rest under a mask
             whole = tl.maximum(context + t0 + 1, 0) // BLOCK_N * BLOCK_N
             mine = None
+            seen_last = None
+            own = position  # of rows, by which windows are counted over keys that lie at their positions
             if TREE:
                 mine = tl.load(ancestors + row, mask=real, other=-1)
+                seen_last = seen_of(mine)
+                own = position - 64 + seen_last
+                if WINDOW:
+                    mine = lowest(mine, window)
                 whole = tl.maximum(context + t0 - 63, 0) // BLOCK_N * BLOCK_N
             if SEGMENT:
                 for at in range(start // SEGMENT * SEGMENT, end, SEGMENT):
@@ -310,7 +344,7 @@ def _ragged(
                     acc, m, z = _fold(acc, m, z, part, part_m, part_z)
             elif DENSE:
                 acc, m, z = _range(
-                    acc, m, z, queries, k, v, table, base, position, valid, start, context // BLOCK_N * BLOCK_N, context, scale2, soft, window,
+                    acc, m, z, queries, k, v, table, base, own, valid, start, context // BLOCK_N * BLOCK_N, context, scale2, soft, window,
                     kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                 )  # fmt: skip
                 column = group * D
@@ -319,15 +353,18 @@ def _ragged(
                 if TREE:  # what lies before this step is seen by all
                     whole = tl.where(length > 0, tl.maximum(t0 - 63, 0) // BLOCK_N * BLOCK_N, 0)
                 if WINDOW:
-                    start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
+                    nearest = t0 - window + 1
+                    if TREE:
+                        nearest -= 63
+                    start = tl.maximum(nearest, 0) // BLOCK_N * BLOCK_N
                 acc, m, z = _range(
                     acc, m, z, queries, new_k, new_v, first, column, token, valid, start, whole, end - context, scale2, soft, window, kb, D,
-                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True, None, None, None, "", "", "", mine, TREE,
+                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True, None, None, None, "", "", "", mine, TREE, seen_last,
                 )  # fmt: skip
             else:
                 acc, m, z = _range(
                     acc, m, z, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                    WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE, mine, TREE,
+                    WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE, mine, TREE, seen_last,
                 )  # fmt: skip
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
@@ -363,6 +400,11 @@ def _split(
         row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
         mine = tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1
         length = tl.where(mine, length, 0)
+    place = length - 1
+    own = None
+    if TREE:
+        own = tl.load(ancestors + row, cache_modifier=".cg")
+        length = shortened(length, own)
     base = group.to(tl.int64) * kh
     low = 0
     if WINDOW:
@@ -400,13 +442,11 @@ def _split(
         z = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
         whole = start + (end - start) // BLOCK_N * BLOCK_N
-        own = None
-        if TREE:
-            own = tl.zeros([BLOCK_M], tl.int64) + tl.load(ancestors + row, cache_modifier=".cg")
-            whole = start + tl.maximum(tl.minimum(end, length - 64) - start, 0) // BLOCK_N * BLOCK_N
+        if TREE:  # what lies 64 and more before the row's own place lies at its position
+            whole = start + tl.maximum(tl.minimum(end, place - 63) - start, 0) // BLOCK_N * BLOCK_N
         acc, m, z = _range(
             acc, m, z, queries, k, v, table, base, position, real, start, whole, end, scale2, soft, window,
-            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE, own, TREE,
+            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE, own, False, place, TREE,
         )  # fmt: skip
         if span <= size:
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
@@ -436,7 +476,7 @@ def _split(
 def _combine(
     out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    MIXED: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, PDL: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (R, Hq): the pieces of one row and head, always in the same order. MIXED: as in `_split`."""
     make_room(PDL)
@@ -447,6 +487,8 @@ def _combine(
     if MIXED:
         row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
         length = tl.where(tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1, length, 0)
+    if TREE:
+        length = shortened(length, tl.load(ancestors + row, cache_modifier=".cg"))
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
@@ -478,7 +520,7 @@ def _combine(
 def _join(
     out, lse, partial, partial_m, partial_z, q_start, kv_len, sinks, window, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SEGMENT: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr, MIXED: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, MIXED: tl.constexpr, PDL: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (R, Hkv): the segments of one row and group of heads, one after the other, as `_ragged` does. MIXED: as in `_split`."""
     make_room(PDL)
@@ -488,6 +530,8 @@ def _join(
     if MIXED:
         row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
         length = tl.where(tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1, length, 0)
+    if TREE:
+        length = shortened(length, tl.load(ancestors + row, cache_modifier=".cg"))
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
@@ -604,11 +648,12 @@ def ragged_attention(
     of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
     then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode. `deterministic`: by the tile
     and the segments that chunks share with decode rows in that mode. `codes`: the caches hold 8 bits (coded.py); new_k and new_v are wide all the same.
-    `ancestors` [T] int64, for trees of drafts: see reference.py; what a row does not see of this step, and nobody else in its tile, may be NaN.
+    `ancestors` [T] int64, for trees of drafts: see reference.py; what a row does not see of this step, and nobody else in its tile, may be NaN. In deterministic mode nodes
+    are rows of their own (`decode_attention`).
     """
     _check(q, k_cache, v_cache, scale, codes)
     require(not deterministic or new_k is None, "deterministic attention reads all keys through the pages")
-    require(not deterministic or ancestors is None, "deterministic attention has no trees")
+    require(not deterministic or ancestors is None, "in deterministic attention a tree's nodes are rows of their own")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tokens, heads, dim = q.shape
     sequences, kv_heads = kv_len.shape[0], k_cache.shape[1]
@@ -642,15 +687,14 @@ def decode_attention(
 
     counters [>= R * Hkv] int32, zero before and after every call: spares a launch where a row's pieces fit into one program's registers.
     q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written.
-    deterministic: bits as `ragged_attention` gives them (counters are not used). codes: the caches hold 8 bits (coded.py). ancestors: [rows of q], as `ragged_attention`'s."""
+    deterministic: bits as `ragged_attention` gives them (counters are not used). codes: the caches hold 8 bits (coded.py). ancestors: [rows of q], as
+    `ragged_attention`'s; a row's bits are then those that it would have at its position along a chain."""
     _check(q, k_cache, v_cache, scale, codes)
-    require(not deterministic or ancestors is None, "deterministic attention has no trees")
-    require(codes is None or ancestors is None, "decode attention over 8 bits has no trees")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     (rows, heads, dim), mixed = (kv_len.shape[0], *q.shape[1:]), q_start is not None
     if rows == 0:
         return out
-    kv_heads = k_cache.shape[1]
+    kv_heads, given = k_cache.shape[1], config
     segment = 0
     if deterministic:
         longest = block_tables.shape[1] * k_cache.shape[2]
@@ -666,6 +710,17 @@ def decode_attention(
     else:
         config = dict(config or (_split_config(dim) if codes is None else coded.config_of(dim, rows)))
     splits = config["SPLITS"]
+    if ancestors is not None and workspace is not None and not mixed and (most := workspace.numel() // (heads * splits * (dim + 2))) < rows:
+        require(most > 0, "the workspace is too small")
+        for at in range(0, rows, most):  # many trees have more rows than any other step
+            part = slice(at, at + most)
+            decode_attention(
+                q[part], k_cache, v_cache, block_tables if table_rows is not None else block_tables[part], kv_len[part], scale, window,
+                softcap=softcap, sinks=sinks, table_rows=None if table_rows is None else table_rows[part], out=out[part],
+                lse=None if lse is None else lse[part], workspace=workspace, counters=counters, deterministic=deterministic, codes=codes,
+                ancestors=ancestors[part], config=given,
+            )  # fmt: skip
+        return out
     cells = rows * heads * splits
     if workspace is None:
         workspace = torch.empty(cells * (dim + 2), dtype=torch.float32, device=q.device)
@@ -683,16 +738,17 @@ def decode_attention(
     common = {"WINDOW": window > 0, "SINKS": sinks is not None, "LSE": lse is not None, "MIXED": mixed}
     where = {"HEADS": heads, "GROUP": group, "D": dim, "DP": padded, "SIZE": k_cache.shape[2], "BLOCK_M": block_m, "SOFTCAP": softcap > 0}
     where |= {"ROWS": table_rows is not None, "FUSED": fused, "GROUP_P": power(group), **common}
+    nodes = {"ancestors": ancestors, "TREE": ancestors is not None}
     settings = (soft, window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1))
     if codes is not None and not deterministic:
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **nodes, **where, **chained(), **{"AHEAD": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, out, lse, partial, partial_lse, partial_z, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2,
-            *settings, WIDE=interpreting() or q.dtype == torch.float32, SEGMENT=segment, ancestors=ancestors, TREE=ancestors is not None,
+            *settings, WIDE=interpreting() or q.dtype == torch.float32, SEGMENT=segment, **nodes,
             **({} if codes is None else coded.exact(codes, q.dtype)), **where, **chained(), **{"AHEAD": 0, **config},
         )  # fmt: skip
     if fused or splits == 1:
@@ -701,7 +757,7 @@ def decode_attention(
     if segment:
         _join[(rows, kv_heads)](
             out, lse, partial, partial_lse, partial_z, q_start, kv_len, sinks, window, GROUP=group, GROUP_P=power(group), SEGMENT=segment, **sizes,
-            num_warps=4, **chained(),
+            **nodes, num_warps=4, **chained(),
         )  # fmt: skip
     else:
         _combine[(rows, heads)](
@@ -715,6 +771,7 @@ def decode_attention(
             window,
             MIN_SPLIT=config["MIN_SPLIT"],
             **sizes,
+            **nodes,
             num_warps=2,
             **chained(),
         )
@@ -727,15 +784,16 @@ def paged_attention(
     lse: Tensor | None = None, workspace: Tensor | None = None, counters: Tensor | None = None, deterministic: bool = False,
     new_k: Tensor | None = None, new_v: Tensor | None = None, codes: Codes | None = None, ancestors: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
+    """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py. In deterministic mode no sequence of several rows is a tree."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "out": out, "lse": lse, "deterministic": deterministic, "codes": codes}
-    extras["ancestors"] = ancestors
+    extras["ancestors"] = None if deterministic else ancestors
     spaces: dict[str, Any] = {"workspace": workspace, "counters": counters}
     own: dict[str, Any] = {} if deterministic else {"new_k": new_k, "new_v": new_v}
     if num_decode < 0:
         extras["table_rows"] = table_rows
-        decode_attention(q, k_cache, v_cache, block_tables, kv_len, scale, window, q_start=q_start, **spaces, **extras)
+        alone = {**extras, "ancestors": ancestors}
+        decode_attention(q, k_cache, v_cache, block_tables, kv_len, scale, window, q_start=q_start, **spaces, **alone)
         return ragged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window, mixed=True, **own, **extras)
     if num_decode:
         rows = None if table_rows is None else table_rows[:num_decode]

@@ -5,12 +5,15 @@
  * arXiv:1805.02867; tiling: Dao et al. 2022, arXiv:2205.14135) are updated tile by tile. A row's arithmetic depends on its own position only:
  * keys that it may not see weigh exactly 0, tiles without visible keys leave it untouched, slots that nobody wrote are never read as values.
  * Where pairs of bfloat16 are multiplied as they are (dot.h), a bfloat16 cache's weights are rounded to bfloat16 before they are summed up and used.
- * Where steps have draft trees a row sees only its own ancestors among the last 64 keys.
+ * Where steps have draft trees a row's keys are taken by position all the same, each from the place of the node that stands there on the row's own line, so that its
+ * bits are those that it would have along a chain.
  * A cache of codes (kv.h) is read by the same loop: a key's scale multiplies its scores, a value's scale its weights, after the sum of the weights.
  * What it does not know: how keys came into the cache.
  */
 #ifndef PENSTOCK_ATTENTION_H
 #define PENSTOCK_ATTENTION_H
+
+#include <limits.h>
 
 #include "dot.h"
 #include "kv.h"
@@ -20,6 +23,7 @@
 #define ROW_TILE 48 /* (query, head) rows of a unit */
 #define DIM_MAX 512
 #define KV_REGISTERS (4 * MR) /* rows of a unit that widen codes in registers; for more, scratch memory */
+#define LINE_BYTES (KEY_TILE * DIM_MAX * 4)
 #define KV_AHEAD 2            /* tiles of codes that are fetched ahead */
 
 typedef struct {
@@ -31,7 +35,7 @@ typedef struct {
     const char *k_cache, *v_cache; /* [kv_heads][block_size * dim] every block_bytes */
     const char *k_scales, *v_scales; /* of codes: [kv_heads][block_size] bfloat16 every block_bytes */
     const int32_t *tables, *q_start, *kv_len;
-    const int64_t *ancestors; /* [T] of a draft tree's rows, or NULL: see hide */
+    const int64_t *ancestors; /* [T] of a draft tree's rows, or NULL: see place_of */
     long table_width, sequences, heads, kv_heads, dim, block_size, block_bytes, window;
     float scale;
     long head_runs, heads_per; /* the heads of a KV head, in runs of at most ROW_TILE */
@@ -157,28 +161,55 @@ INLINE void scale_rows(float *s, long rows, long lanes, const float *by) {
         for (long j = 0; j < lanes; j += VL) vstore(s + r * KEY_TILE + j, vload(s + r * KEY_TILE + j) * vload(by + j));
 }
 
-/* Among the 64 keys up to the row's own, at `position`, it sees those whose bit is 1: bit i is the key i places before. The others' scores, lanes of a tile, become `as`. */
-INLINE void hide(float *s, long tile, long position, uint64_t ancestors, long hi, float as) {
-    if (ancestors == ~(uint64_t)0) return;
-    for (long j = MAX(0, position - 63 - tile); j < hi; j++)
-        if (!(ancestors >> (position - tile - j) & 1)) s[j] = as;
+/* Of the 64 entries up to its own, at `place`, a row sees those whose bit is 1: bit i is the entry i places before. Those that it sees are at the positions up to its own, one
+ * each, so that its position is its place less the number of those that it does not see. Where is the one `back` positions before its own? */
+INLINE long place_of(long place, uint64_t ancestors, long back) {
+    const long seen = __builtin_popcountll(ancestors);
+    if (back >= seen) return MAX(0, place - 64 + seen - back);
+    for (long i = 0; i < back; i++) ancestors &= ancestors - 1;
+    return MAX(0, place - __builtin_ctzll(ancestors));
 }
 
-/* A copy of 16 keys' values of `size` bytes, in which the keys that are hidden (as in `hide`; `first` is the group's first key) are zeros: 0 times NaN is NaN. */
-static void cleaned(const char *from, char *to, long dim, long size, long first, long position, uint64_t ancestors) {
+/* Key `i` of a group of 16, and its value, to be key `j` of another. size: bytes of an element. */
+INLINE void copy_lane(const char *k, const char *v, long i, char *to_k, char *to_v, long j, long dim, long size) {
     const long il = size == 2 ? 2 : 1;
-    memcpy(to, from, (size_t)(dim * 16 * size));
-    for (long key = 0; key < 16; key++) {
-        const long back = position - first - key;
-        if (back >= 64 || (back >= 0 && ancestors >> back & 1)) continue;
-        for (long d = 0; d < dim; d++) memset(to + ((d / 16 * 16 + key / il * il) * 16 + d % 16 * il + key % il) * size, 0, (size_t)size);
+    for (long d = 0; d < dim; d++) {
+        const long x = d / il * 16 * il + d % il, y = d / 16 * 256 + d % 16 * il;
+        memcpy(to_k + (j * il + x) * size, k + (i * il + x) * size, (size_t)size);
+        memcpy(to_v + (j / il * il * 16 + j % il + y) * size, v + (i / il * il * 16 + i % il + y) * size, (size_t)size);
     }
 }
 
-/* Returns whether a result of several rows is NaN: a later row's value may have been that weighed 0, and 0 times it is NaN as well.
-   Of a single row of a tree, where no `wide` was given, so may a value that it does not see. `coded` is a constant. wide [KEY_TILE * DIM_MAX]: scratch memory, for codes,
-   and for values of a tree of which some are NaN. */
-INLINE int attention_rows_of(const int coded, const attention *a, long s, long kv_head, long run, long first, long count, float *wide) {
+/* 16 keys and values from position `first` on of the row at `position`, which lies at `place`: copied to `line`, if some lie elsewhere than at their positions. Pointers as they
+   are for keys at their positions. */
+static void line_group(const attention *a, const int32_t *table, long kv_head, int coded, long first, long position, long place, uint64_t ancestors, long size,
+                       const char **k, const char **v, const char **k_scale, const char **v_scale, char *line, char *scales) {
+    const long dim = a->dim, bytes = 16 * dim * size, end = MIN(16, position + 1 - first);
+    char *to_k = line, *to_v = line + LINE_BYTES, *to_ks = scales, *to_vs = scales + KEY_TILE * 2;
+    int copied = 0;
+    for (long j = 0; j < end; j++) {
+        const long from = place_of(place, ancestors, position - first - j);
+        if (from == first + j) continue;
+        if (!copied) {
+            memcpy(to_k, *k, (size_t)bytes);
+            memcpy(to_v, *v, (size_t)bytes);
+            if (coded) memcpy(to_ks, *k_scale, 32), memcpy(to_vs, *v_scale, 32);
+            copied = 1;
+        }
+        const long block = table[from / a->block_size] * a->block_bytes, key = kv_head * a->block_size + from % a->block_size, group = block + key / 16 * bytes;
+        copy_lane(a->k_cache + group, a->v_cache + group, key % 16, to_k, to_v, j, dim, size);
+        if (coded) memcpy(to_ks + j * 2, a->k_scales + block + key * 2, 2), memcpy(to_vs + j * 2, a->v_scales + block + key * 2, 2);
+    }
+    if (!copied) return;
+    *k = to_k;
+    *v = to_v;
+    *k_scale = to_ks;
+    *v_scale = to_vs;
+}
+
+/* Returns whether a result of several rows is NaN: a later row's value may have been that weighed 0, and 0 times it is NaN as well. `coded` and `tree` are constants.
+   wide [KEY_TILE * DIM_MAX]: scratch memory, for codes; line [2 * LINE_BYTES], for a tree: there the rows' last tiles of keys, which they do not share, are put together. */
+INLINE int attention_rows_of(const int coded, const int tree, const attention *a, long s, long kv_head, long run, long first, long count, float *wide, char *line) {
     _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
     _Alignas(64) float maximum[ROW_TILE], sum[ROW_TILE * 16];
     const long dim = a->dim, group = a->heads / a->kv_heads, size = coded ? 1 : a->cache_bf16 ? 2 : 4;
@@ -202,38 +233,60 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
             maximum[r] = -INFINITY;
             for (long j = 0; j < 16; j++) sum[r * 16 + j] = 0.0f;
         }
-    const long last = position0 + count; /* one past the last visible key of the unit */
-    const long start = a->window > 0 ? MAX(position0 - a->window + 1, 0) / KEY_TILE * KEY_TILE : 0;
-    const long blocks = (rows + tall - 1) / tall, dim_panels = dim / PW;
+    long at[ROW_TILE], lowest = position0, last = position0 + count; /* positions of the rows; one past the last visible key of the unit */
+    long shared = LONG_MAX; /* keys before it lie in the places of their positions, for all rows */
+    for (long i = 0; i < count; i++) at[i] = position0 + i;
+    if (tree) {
+        lowest = LONG_MAX;
+        last = 0;
+        for (long i = 0; i < count; i++) {
+            const uint64_t seen = (uint64_t)a->ancestors[row0 + i];
+            if (~seen) shared = MIN(shared, at[i] - 63 + __builtin_clzll(~seen));
+            at[i] = MAX(0, at[i] - 64 + __builtin_popcountll(seen));
+            lowest = MIN(lowest, at[i]);
+            last = MAX(last, at[i] + 1);
+        }
+    }
+    const long start = a->window > 0 ? MAX(lowest - a->window + 1, 0) / KEY_TILE * KEY_TILE : 0;
+    const long dim_panels = dim / PW;
     const char *k_group[KEY_TILE / 16], *v_group[KEY_TILE / 16], *b[KEY_TILE / 16 * NP_MAX];
     const char *k_scale[KEY_TILE / 16], *v_scale[KEY_TILE / 16];
     float scales[KEY_TILE];
+    uint16_t line_scales[2 * KEY_TILE];
     const float unit = KV_UNIT(a->kv_format);
-    const int widened = coded && rows > KV_REGISTERS;
-    for (long tile = start; tile < last; tile += KEY_TILE) {
-        const long keys = MIN(KEY_TILE, last - tile), groups = (keys + 15) / 16;
+    for (long tile = start, turn = 0; tile < last;) {
+        const int own = tree && tile + KEY_TILE - 1 >= shared; /* then one query row after the other, else all */
+        const long row_from = own ? turn * heads : 0, many = own ? heads : rows, row_to = row_from + many;
+        const long keys = MIN(KEY_TILE, (own ? at[turn] + 1 : last) - tile), groups = (keys + 15) / 16, blocks = (many + tall - 1) / tall;
+        const int widened = coded && many > KV_REGISTERS;
+        const long node = turn, here = tile;
+        turn = own && turn + 1 < count ? turn + 1 : 0;
+        if (!turn) tile += KEY_TILE;
+        if (tree && keys <= 0) continue;
         for (long g = 0; g < groups; g++) {
-            long key = tile + g * 16, block = table[key / a->block_size];
-            long at = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
-            k_group[g] = a->k_cache + at;
-            v_group[g] = a->v_cache + at;
+            long key = here + g * 16, block = table[key / a->block_size];
+            long from = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
+            k_group[g] = a->k_cache + from;
+            v_group[g] = a->v_cache + from;
             if (coded) {
-                at = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * 2;
-                k_scale[g] = a->k_scales + at;
-                v_scale[g] = a->v_scales + at;
+                from = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * 2;
+                k_scale[g] = a->k_scales + from;
+                v_scale[g] = a->v_scales + from;
             }
+            if (tree && own) line_group(a, table, kv_head, coded, here + g * 16, at[node], position0 + node, (uint64_t)a->ancestors[row0 + node], size, k_group + g, v_group + g,
+                                        k_scale + g, v_scale + g, line + g * 16 * dim * size, (char *)(line_scales + g * 16));
         }
-        if (rows <= (coded ? 16 : tall)) /* decode reads every block once: have the next tile's on the way */
-            for (long key = tile + (coded ? KV_AHEAD : 1) * KEY_TILE; key < MIN(tile + (coded ? KV_AHEAD + 1 : 2) * KEY_TILE, last); key += 16) {
-                long at = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
+        if (!(tree && own) && rows <= (coded ? 16 : tall)) /* decode reads every block once: have the next tile's on the way */
+            for (long key = here + (coded ? KV_AHEAD : 1) * KEY_TILE; key < MIN(here + (coded ? KV_AHEAD + 1 : 2) * KEY_TILE, last); key += 16) {
+                long from = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
                 if (coded) {
                     long scale = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * 2;
                     __builtin_prefetch(a->k_scales + scale, 0, 2);
                     __builtin_prefetch(a->v_scales + scale, 0, 2);
                 }
-                for (long line = 0; line < 16 * dim * size; line += 64) {
-                    __builtin_prefetch(a->k_cache + at + line, 0, 2);
-                    __builtin_prefetch(a->v_cache + at + line, 0, 2);
+                for (long byte = 0; byte < 16 * dim * size; byte += 64) {
+                    __builtin_prefetch(a->k_cache + from + byte, 0, 2);
+                    __builtin_prefetch(a->v_cache + from + byte, 0, 2);
                 }
             }
         if (widened)
@@ -242,9 +295,9 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
                 k_group[g] = (const char *)(wide + g * dim * PW);
             }
         const int codes = coded && !widened;
-        long row = 0;
+        long row = row_from;
         for (long i = 0; i < blocks; i++) {
-            int mr = (int)(rows / blocks + (i < rows % blocks));
+            int mr = (int)(many / blocks + (i < many % blocks));
             for (long g = 0; g < groups;) {
                 int np = dots ? dot_width(mr, groups - g) : tile_width(mr, groups - g);
                 for (int j = 0; j < np; j++) b[j] = k_group[g + j];
@@ -259,36 +312,26 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         }
         if (coded) {
             load_scales(k_scale, groups, unit, scales);
-            scale_rows(score, rows, groups * 16, scales);
+            scale_rows(score + row_from * KEY_TILE, many, groups * 16, scales);
         }
-        for (long r = 0; r < rows; r++) {
-            long position = position0 + r / heads;
-            long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
-            if (a->ancestors) hide(score + r * KEY_TILE, tile, position, (uint64_t)a->ancestors[row0 + r / heads], MIN(hi, keys), -INFINITY);
+        for (long r = row_from; r < row_to; r++) {
+            long position = at[r / heads];
+            long lo = a->window > 0 ? position - a->window + 1 - here : 0, hi = position + 1 - here;
             (dots ? softmax_dots : softmax_row)(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r * 16, o + r * dim, dim);
         }
         if (coded) {
             load_scales(v_scale, groups, lift, scales);
-            scale_rows(score, rows, groups * 16, scales);
-            if (a->ancestors) /* a scale may be NaN */
-                for (long r = 0; r < rows; r++)
-                    hide(score + r * KEY_TILE, tile, position0 + r / heads, (uint64_t)a->ancestors[row0 + r / heads], MIN(position0 + r / heads + 1 - tile, keys), 0.0f);
+            scale_rows(score + row_from * KEY_TILE, many, groups * 16, scales);
         }
         if (widened)
             for (long g = 0; g < groups; g++) {
                 kv_widen(a->kv_format, v_group[g], dim, wide + g * dim * PW);
                 v_group[g] = (const char *)(wide + g * dim * PW);
             }
-        if (!coded && wide)
-            for (long g = 0; g < groups; g++) {
-                char *to = (char *)wide + g * dim * 16 * size;
-                cleaned(v_group[g], to, dim, size, tile + g * 16, position0, (uint64_t)a->ancestors[row0]);
-                v_group[g] = to;
-            }
         const long panel_bytes = 256 * (widened ? 4 : size);
-        row = 0;
+        row = row_from;
         for (long i = 0; i < blocks; i++) {
-            int mr = (int)(rows / blocks + (i < rows % blocks));
+            int mr = (int)(many / blocks + (i < many % blocks));
             for (long d = 0; d < dim_panels;) {
                 int np = dots ? dot_width(mr, dim_panels - d) : tile_width(mr, dim_panels - d);
                 for (long g = 0; g < groups; g++)
@@ -319,19 +362,24 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         }
     int any = 0;
     for (int lane = 0; lane < VL; lane++) any |= nan[lane] != 0;
-    return any && (count > 1 || (!coded && a->ancestors && !wide));
+    return any && count > 1;
 }
 
 static int attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
-    return attention_rows_of(0, a, s, kv_head, run, first, count, 0);
-}
-static int attention_rows_clean(const attention *a, long s, long kv_head, long run, long first, long count) {
-    _Alignas(64) float wide[KEY_TILE * DIM_MAX];
-    return attention_rows_of(0, a, s, kv_head, run, first, count, wide);
+    return attention_rows_of(0, 0, a, s, kv_head, run, first, count, 0, 0);
 }
 static int attention_rows_coded(const attention *a, long s, long kv_head, long run, long first, long count) {
     _Alignas(64) float wide[KEY_TILE * DIM_MAX];
-    return attention_rows_of(1, a, s, kv_head, run, first, count, wide);
+    return attention_rows_of(1, 0, a, s, kv_head, run, first, count, wide, 0);
+}
+static int attention_rows_tree(const attention *a, long s, long kv_head, long run, long first, long count) {
+    _Alignas(64) char line[2 * LINE_BYTES];
+    return attention_rows_of(0, 1, a, s, kv_head, run, first, count, 0, line);
+}
+static int attention_rows_tree_coded(const attention *a, long s, long kv_head, long run, long first, long count) {
+    _Alignas(64) float wide[KEY_TILE * DIM_MAX];
+    _Alignas(64) char line[2 * LINE_BYTES];
+    return attention_rows_of(1, 1, a, s, kv_head, run, first, count, wide, line);
 }
 
 static void attention_unit(const void *job, long unit) {
@@ -349,11 +397,12 @@ static void attention_unit(const void *job, long unit) {
     }
     long rows = a->q_start[s + 1] - a->q_start[s];
     const long count = MIN(a->queries_per, rows - first);
-    int (*const of)(const attention *, long, long, long, long, long) = a->kv_format ? attention_rows_coded : attention_rows;
-    if (of(a, s, head, run, first, count)) { /* each by itself sees nothing behind it, nor beside: drafts cannot spoil what comes before them */
-        int (*const one)(const attention *, long, long, long, long, long) = a->ancestors && !a->kv_format ? attention_rows_clean : of;
-        for (long i = 0; i < count; i++) one(a, s, head, run, first + i, 1);
-    }
+    int tree = 0;
+    for (long i = 0; a->ancestors && i < count; i++) tree |= a->ancestors[a->q_start[s] + first + i] != -1;
+    int (*const of)(const attention *, long, long, long, long, long) =
+        tree ? a->kv_format ? attention_rows_tree_coded : attention_rows_tree : a->kv_format ? attention_rows_coded : attention_rows;
+    if (of(a, s, head, run, first, count)) /* each by itself sees nothing behind it, nor beside: drafts cannot spoil what comes before them */
+        for (long i = 0; i < count; i++) of(a, s, head, run, first + i, 1);
 }
 
 #endif

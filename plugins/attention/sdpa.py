@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from penstock.kernels.attention.codes import decode, encode
-from penstock.kernels.attention.reference import seen_by
+from penstock.kernels.attention.reference import places_of
 from penstock.kernels.rmsnorm.reference import rms_norm
 from penstock.kernels.rope.reference import rotate
 from penstock.plugins.attention.pages import Cache, Pages
@@ -79,14 +79,12 @@ class TorchAttention(Pages):
                 keys = decode(keys, cache.k_scale[block, :, at % size], self.kv, torch.float32)
                 values = decode(values, cache.v_scale[block, :, at % size], self.kv, torch.float32)
             keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-            position = torch.arange(length - (last - first), length, device=q.device)[:, None]
-            seen = at[None] <= position
-            if call.window > 0:
-                seen &= at[None] > position - call.window
-            if columns.ancestors is not None:
-                seen &= seen_by(columns.ancestors[first:last], position - at[None])
-            attended = _attend(q[first:last].to(keys.dtype).transpose(0, 1)[None], keys, values, seen, call)
-            out[first:last] = attended[0].transpose(0, 1)
+            if columns.ancestors is None or bool((columns.ancestors[first:last] == -1).all()):
+                out[first:last] = _attend(q[first:last], keys, values, call)
+                continue
+            for node in range(first, last):  # its line as a sequence of its own
+                line = places_of(columns.ancestors[node], length - last + node)
+                out[node] = _attend(q[node][None], keys[:, :, line], values[:, :, line], call)[0]
         return out
 
     def move(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
@@ -105,7 +103,17 @@ class TorchAttention(Pages):
         return 0
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, call: AttnCall) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttnCall) -> Tensor:
+    """q [T, Hq, D], rows at the last of the positions; k, v [1, Hkv, L, D] -> [T, Hq, D]."""
+    length, rows = k.shape[2], q.shape[0]
+    at, position = torch.arange(length, device=q.device), torch.arange(length - rows, length, device=q.device)[:, None]
+    seen = at[None] <= position
+    if call.window > 0:
+        seen &= at[None] > position - call.window
+    return _weighed(q.to(k.dtype).transpose(0, 1)[None], k, v, seen, call)[0].transpose(0, 1)
+
+
+def _weighed(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, call: AttnCall) -> Tensor:
     """q [1, Hq, T, D]; k, v [1, Hkv, L, D]; seen [T, L] -> [1, Hq, T, D]."""
     if not call.softcap and call.sinks is None:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=call.scale, enable_gqa=True)

@@ -18,7 +18,7 @@ from penstock.kernels import native
 from penstock.kernels.attention.codes import KINDS
 from penstock.plugins.attention.pages import token_bytes
 from penstock.plugins.devices import host_limits
-from penstock.plugins.devices.drafting import load_drafters, trees_of
+from penstock.plugins.devices.drafting import load_drafters
 from penstock.plugins.devices.host_ops import HostOps
 from penstock.plugins.devices.lane import HostLane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
@@ -95,7 +95,7 @@ class CpuDevice:
                 dtype=choice.dtype_name,
                 torch_dtype=dtype,
                 deterministic=config.deterministic,
-                fingerprint=fingerprint(*parts, *trees_of(config), checkpoint),
+                fingerprint=fingerprint(*parts, checkpoint),
                 graphs=False,
                 depth=self.capabilities.depth,
                 kv_dtype=choice.kv_name,

@@ -147,6 +147,8 @@ def load(
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     rounded = (config.quantization, config.lm_head_quantization)
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, rounded, sorted(choice.raw.items()), choice.kv)
+    # Where a tree's rows share tiles of keys, sums are taken in another order than without.
+    trees = () if config.deterministic else trees_of(config)
     runner = DeviceRunner(
         facts=facts,
         model=model,
@@ -160,7 +162,7 @@ def load(
         dtype=choice.dtype_name,
         torch_dtype=choice.dtype,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(*parts, *own_tiles(lane.device), *trees_of(config), checkpoint),
+        fingerprint=fingerprint(*parts, *own_tiles(lane.device), *trees, checkpoint),
         graphs=graphs,
         depth=depth,
         kv_dtype=choice.kv_name,

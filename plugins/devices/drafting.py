@@ -43,7 +43,7 @@ def most_drafts(config: RunnerConfig) -> int:
 
 
 def trees_of(config: RunnerConfig) -> list[str]:
-    """Trees of drafts that are asked for: with one, sums over keys are taken in another order, so that it is a part of the fingerprint."""
+    """Trees of drafts that are asked for."""
     methods = config.speculation.methods if config.speculation is not None else []
     return [one.speculative_token_tree for one in methods if one.speculative_token_tree]
 
@@ -64,7 +64,7 @@ def load_drafters(
     if config.speculation is None:
         return [], 0
     made: list[Drafter] = []
-    _refuse_trees(config, choice, model)
+    _refuse_trees(config, model)
     most = config.speculation.most or 0
     for one in config.speculation.methods:
         spec = drafter_for(one.method or "", drafters_of(config))
@@ -97,21 +97,15 @@ def _made(spec: DrafterSpec, one: DraftConfig, parts: Parts) -> Drafter:
     return drafter
 
 
-def _refuse_trees(config: RunnerConfig, choice: Choice, model: Model) -> None:
+def _refuse_trees(config: RunnerConfig, model: Model) -> None:
     """Raises UnsupportedFeature for a tree of drafts where something cannot serve one."""
     if not trees_of(config):
         return
     reason = ""
-    if config.deterministic:
-        reason = "with --deterministic, since the place of a key is not its position in a tree, and sums are taken by place"
-    elif not getattr(model.attention, "trees", False):
+    if not getattr(model.attention, "trees", False):
         reason = f"by the attention backend {model.attention.name!r}"
-    elif choice.kv.kind and choice.device == "cuda":
-        reason = f"on a GPU with a KV cache in 8 bits ({choice.kv_name})"
     elif getattr(model, "program", None) is not None:
         reason = "by a model that brings a program of its own"
-    elif choice.facts.sliding_window or (model.plain is not None and any(block.call.window for block in model.plain.blocks)):
-        reason = "by a model with sliding windows, since those are counted in places"
     if reason:
         raise UnsupportedFeature(
             f"--speculative-config: a 'speculative_token_tree' is not served {reason}. Leave it out: drafts are a chain then.",

@@ -399,7 +399,9 @@ class DeviceRunner:
 
     def _flattens(self, work: Forward) -> bool:
         """Are a row's drafts computed as rows of their own? So few sequences keep a GPU busy only if attention splits their keys, which it does for rows of one token; many read
-        their keys once for all drafts of a row instead."""
+        their keys once for all drafts of a row instead. Nodes of a tree that share tiles of keys have other bits than along a chain."""
+        if self._tree is not None and self.deterministic and not self._lane.direct:
+            return True
         if self._lane.direct or work.num_decode * self.facts.num_kv_heads >= FLAT_BELOW:
             return False
         return int(work.counts[: work.num_decode].sum()) + len(work.slots) - work.num_decode <= self._max_rows

@@ -74,8 +74,9 @@ class Columns(NamedTuple):
     dense: bool = False
     """`table` has the rows of this step's sequences alone, in order. On "cpu" always, and there is no padding."""
     ancestors: Tensor | None = None
-    """[T] int64, in a step with trees of drafts: of the 64 entries up to its own a row sees those whose bit is 1, bit i being the entry i places before; -1: all. A node's position
-    is its depth behind the context, not where its entry lies. Attention without `trees` never gets it."""
+    """[T] int64, in a step with trees of drafts: of the 64 entries up to its own a row sees those whose bit is 1, bit i being the entry i places before; -1: all. Those that it
+    sees are at the positions up to its own, one each and in this order, so that its own is its place less the number of those that it does not see; windows count positions. Rows of a sequence lie one
+    place after the other, as `q_start` and `kv_len` say. In deterministic mode on a device other than "cpu" nodes are sequences of one row. Attention without `trees` never gets it."""
 
     def block_tables(self) -> Tensor:
         """[R, W] blocks of this step's sequences."""

@@ -19,6 +19,7 @@ from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
+from penstock.plugins.attention.native import NativeAttention
 from penstock.plugins.devices import cpu
 from penstock.plugins.devices.driver import Driver, Job, Options
 from penstock.plugins.drafters.api import NoLayers, Seen
@@ -80,13 +81,14 @@ def jobs_of(max_tokens: int = 18) -> list[Job]:
     ]
 
 
-def same(mine: list[Job], theirs: list[Job]) -> None:
-    """Tokens; and log-probabilities but for the order in which sums were taken."""
+def same(mine: list[Job], theirs: list[Job], *, bits: bool = True) -> None:
+    """Tokens, and every bit of the log-probabilities."""
     for a, b in zip(mine, theirs, strict=True):
         assert a.tokens == b.tokens
         for x, y in zip(a.logprobs, b.logprobs, strict=True):
-            np.testing.assert_allclose(np.frombuffer(x, np.float32), np.frombuffer(y, np.float32), atol=2e-4)
+            np.testing.assert_allclose(np.frombuffer(x, np.float32), np.frombuffer(y, np.float32), atol=0 if bits else 2e-4)
         assert a.prompt_logprobs.keys() == b.prompt_logprobs.keys()
+        assert not bits or a.prompt_logprobs == b.prompt_logprobs
 
 
 def ways(count: int) -> dict[str, Options]:
@@ -110,18 +112,32 @@ def drafting(load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return make
 
 
-@pytest.mark.parametrize(("tree", "kv"), [("wide", "auto"), ("broad", "auto"), ("late", "auto"), ("late", "fp8_e4m3"), ("wide", "int8")])
-def test_trees_change_no_token(tree: str, kv: str, drafting: Any, load: Load, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("tree", "more", "window"),
+    [
+        ("wide", {}, 0),
+        ("broad", {"deterministic": True}, 0),
+        ("late", {}, 24),
+        ("late", {"kv_cache_dtype": "fp8_e4m3"}, 0),
+        ("wide", {"kv_cache_dtype": "int8", "deterministic": True}, 4),
+    ],
+)
+def test_trees_change_no_bit(
+    tree: str, more: dict[str, Any], window: int, drafting: Any, load: Load, folder: Path, rewrite: Callable[..., None]
+) -> None:
+    """With a window that ends in the prompt, or inside the tree."""
     shape = Tree.of(TREES[tree])
     assert shape is not None
+    if window:
+        rewrite(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window)
     plain = jobs_of()
-    Driver(load(folder, kv_cache_dtype=kv)).run(plain)
+    Driver(load(folder, **more)).run(plain)
     truth = truth_of(plain)
     whole: dict[float, float] = {}
     cases = ways(shape.nodes - 1)
     for lies, name in [(0.0, "at once"), (1.0, "at once"), *((0.3, name) for name in cases)]:
         jobs = jobs_of()
-        driver = Driver(drafting(Told(shape, truth, lies), kv_cache_dtype=kv), cases[name])
+        driver = Driver(drafting(Told(shape, truth, lies), **more), cases[name])
         driver.run(jobs)
         same(jobs, plain)
         if name == "at once":
@@ -151,7 +167,7 @@ def test_drafts_of_the_host_are_nodes_too(backend: str, drafting: Any, load: Loa
     jobs = jobs_of()
     told = Options(told=lambda job: [rng.randrange(3) for _ in range(shape.nodes - 1)])
     Driver(drafting(Told(shape, {}), attention_backend=backend), told).run(jobs)
-    same(jobs, plain)
+    same(jobs, plain, bits=backend == "native")  # torch's sums hang on the number of rows
 
 
 def test_a_draw_from_the_middle_is_refused(drafting: Any) -> None:
@@ -168,23 +184,21 @@ def test_a_draw_from_the_middle_is_refused(drafting: Any) -> None:
         runner.sample(Sample(**head, rows=i32([0]), slots=i32([0]), positions=i32([4]), lookahead=9, places=placed))
 
 
-def test_trees_are_refused_where_they_are_not_served(load: Load, folder: Path, rewrite: Callable[..., None]) -> None:
+def test_trees_are_refused_where_they_are_not_served(load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(method: str, **more: Any) -> SpeculationConfig:
         return SpeculationConfig(
             methods=[DraftConfig(method=method, speculative_token_tree=TREES["wide"], num_speculative_tokens=9, **more)]
         )
 
-    with pytest.raises(UnsupportedFeature, match="--deterministic"):
-        load(folder, deterministic=True, speculation=asked("medusa"))
     with pytest.raises(Exception, match="says nothing to the method 'ngram'"):
         load(folder, speculation=asked("ngram"))
-    rewrite(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=64)
-    with pytest.raises(UnsupportedFeature, match="sliding windows"):
+    monkeypatch.setattr(NativeAttention, "trees", False)
+    with pytest.raises(UnsupportedFeature, match="by the attention backend 'native'"):
         load(folder, speculation=asked("medusa"))
 
 
-def test_a_tree_changes_the_fingerprint_and_a_chain_does_not(load: Load, folder: Path, tmp_path: Path) -> None:
-    """Of sums over keys in another order clients are told."""
+def test_a_tree_is_no_part_of_the_fingerprint(load: Load, folder: Path, tmp_path: Path) -> None:
+    """Answers are the same to the bit."""
     heads = tmp_path / "heads"
     heads.mkdir()
     width = json.loads((folder / "config.json").read_text())["hidden_size"]
@@ -197,6 +211,4 @@ def test_a_tree_changes_the_fingerprint_and_a_chain_does_not(load: Load, folder:
         found: str = load(folder, speculation=SpeculationConfig(methods=[one])).fingerprint
         return found
 
-    plain = load(folder).fingerprint
-    assert told(None, 2) == plain
-    assert len({plain, told("[(0,), (1,)]", 2), told("[(0,), (1,), (0, 0)]", 3)}) == 3
+    assert load(folder).fingerprint == told(None, 2) == told("[(0,), (1,)]", 2)

@@ -68,6 +68,11 @@ class Told(NoLayers):
         out.copy_(made)
 
 
+def exact(mine: list[Job], theirs: list[Job]) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.tokens, a.logprobs, a.prompt_logprobs) == (b.tokens, b.logprobs, b.prompt_logprobs)
+
+
 def alike(mine: list[Job], theirs: list[Job]) -> None:
     for a, b in zip(mine[:2], theirs[:2], strict=True):
         at = next((at for at, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
@@ -78,12 +83,43 @@ def alike(mine: list[Job], theirs: list[Job]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize(("method", "kv"), [("eagle3", "auto"), ("mtp", "auto"), ("told", "auto")])
+@pytest.mark.parametrize(
+    ("method", "kv", "deterministic", "window"),
+    [
+        ("eagle3", "auto", False, 0),
+        ("mtp", "auto", False, 0),
+        ("told", "auto", False, 0),
+        ("told", "auto", False, 100),
+        ("told", "fp8_e4m3", False, 0),
+        ("told", "int8", False, 33),
+        ("told", "auto", True, 0),
+        ("mtp", "auto", True, 0),
+        ("eagle3", "fp8_e4m3", True, 0),
+        ("told", "int8", True, 100),
+        ("told", "auto", True, 5),
+    ],
+)
 def test_answers_are_those_without(
-    method: str, kv: str, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    method: str,
+    kv: str,
+    deterministic: bool,
+    window: int,
+    make_folder: Callable[..., Path],
+    config_for: Any,
+    make_head: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = make_folder("llama", torch.bfloat16, **SHAPE)
-    over: dict[str, Any] = {"max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20, "kv_cache_dtype": kv}
+    """Alike, and in deterministic mode to the bit."""
+    folder = (
+        make_folder("mistral", torch.bfloat16, sliding_window=window, **SHAPE) if window else make_folder("llama", torch.bfloat16, **SHAPE)
+    )
+    same = exact if deterministic else alike
+    over: dict[str, Any] = {
+        "deterministic": deterministic,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 64 << 20,
+        "kv_cache_dtype": kv,
+    }
 
     def load(**more: Any) -> Any:
         runner = CudaDevice().load(config_for(folder, **over, **more), lambda phase, fraction: None)
@@ -106,11 +142,13 @@ def test_answers_are_those_without(
         (1000, Options(lookahead=lambda rng: NODES, share=True, preempt=0.05, seed=3)),
         (4, Options(lookahead=lambda rng: NODES, seed=4)),
     ):
+        if kv != "auto" and not deterministic and (flat < 1000 or options.seed):
+            continue  # rows of several tokens see this step's keys before they are rounded, as prompts do that are cut elsewhere
         monkeypatch.setattr(runner_module, "FLAT_BELOW", flat)  # 2 KV heads
         mine = jobs()
         driver = Driver(runner, options)
         driver.run(mine)
-        alike(mine, truth)
+        same(mine, truth)
         if method == "told":
             assert driver.accepted > driver.drafted / 8
     if method != "told":

@@ -61,10 +61,11 @@ def caches(kind: str, dtype: torch.dtype, blocks: int, kv_heads: int, dim: int, 
 
 @pytest.mark.parametrize("kind", ["", *KINDS])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "plain"), [(4, 2, 32, False), (6, 1, 80, False), (64, 1, 16, False), (2, 1, 32, True)]
+    ("heads", "kv_heads", "dim", "plain", "window"),
+    [(4, 2, 32, False, 0), (6, 1, 80, False, 3), (64, 1, 16, False, 70), (2, 1, 32, True, 0), (2, 1, 32, True, 3)],
 )
 def test_nodes_see_their_ancestors_alone(
-    kind: str, heads: int, kv_heads: int, dim: int, plain: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: str, heads: int, kv_heads: int, dim: int, plain: bool, window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
         monkeypatch.setattr(api.native, "library", lambda: None)
@@ -94,6 +95,7 @@ def test_nodes_see_their_ancestors_alone(
             for cache, values in ((k_cache, False), (v_cache, True))
         )
         for node, places in enumerate(seen_places(parents, context)):
+            places = places[-window:]  # the last so many positions
             scores = torch.einsum("hd,khd->hk", q[first + node].double(), keys[places]) * dim**-0.5
             want.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values[places]))
         first += len(parents)
@@ -101,14 +103,12 @@ def test_nodes_see_their_ancestors_alone(
     lengths = [context + size for context, size in zip(contexts, sizes, strict=True)]
     ancestors = torch.tensor([bit for parents in trees for bit in bits(parents)])
     assert set(bits(trees[-1])) == {-1}
-    got = paged_attention(q, k_cache, v_cache, i32(tables), i32(starts), i32(lengths), dim**-0.5, scales=scales, ancestors=ancestors)
+    at = (q, k_cache, v_cache, i32(tables), i32(starts), i32(lengths), dim**-0.5, window)
+    got = paged_attention(*at, scales=scales, ancestors=ancestors)
     limit = 2**-7 if dtype == torch.bfloat16 else 2e-5
     wanted = torch.stack(want)
     spoilt = starts[2] + 1
-    for found in (
-        got,
-        reference.paged_attention(q, k_cache, v_cache, i32(tables), i32(starts), i32(lengths), dim**-0.5, 0, scales, ancestors),
-    ):
+    for found in (got, reference.paged_attention(*at, scales, ancestors)):
         if found is not got and not plain:
             continue  # with NaN among what one row sees the reference multiplies it by 0 for the others
         if plain:
@@ -128,6 +128,41 @@ def test_a_chain_is_a_tree_bit_for_bit(dtype: torch.dtype) -> None:
     q = torch.randn(9, 4, 32).to(dtype)
     at = (k_cache, v_cache, i32([list(range(7))]), i32([0, 9]), i32([100]), 0.2)
     assert torch.equal(paged_attention(q, *at), paged_attention(q, *at, ancestors=torch.tensor(bits([-1, *range(8)]))))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", ["", *KINDS])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 32, 0), (6, 1, 80, 50), (16, 4, 64, 7)])
+def test_a_nodes_bits_are_those_that_its_line_has_as_a_chain(
+    kind: str, heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype
+) -> None:
+    """Alone or with others, and however the chain came: token by token or in one piece."""
+    rng = random.Random(heads)
+    for context, nodes in ((0, 9), (61, 21), (127, 64), (190, 5)):
+        parents = random_parents(rng, nodes)
+        length, blocks = context + nodes, -(-(context + nodes) // 16)
+        k, v = (torch.randn(length, kv_heads, dim).to(dtype) for _ in range(2))
+        q = torch.randn(nodes, heads, dim).to(dtype)
+        tree_k, tree_v, tree_scales = caches(kind, dtype, blocks, kv_heads, dim)
+        write_kv(tree_k, tree_v, k, v, torch.arange(length).int(), tree_scales)
+        table, scale, ancestors = i32([list(range(blocks))]), dim**-0.5, torch.tensor(bits(parents))
+        more = {"window": window, "scales": tree_scales}
+        together = paged_attention(q, tree_k, tree_v, table, i32([0, nodes]), i32([length]), scale, ancestors=ancestors, **more)
+        tables = table.repeat(nodes, 1)
+        alone = paged_attention(
+            q, tree_k, tree_v, tables, i32(range(nodes + 1)), i32(range(context + 1, length + 1)), scale, ancestors=ancestors, **more
+        )
+        assert torch.equal(together, alone)
+        for node, places in enumerate(seen_places(parents, context)):
+            chain_k, chain_v, chain_scales = caches(kind, dtype, blocks, kv_heads, dim)
+            write_kv(chain_k, chain_v, k[places], v[places], torch.arange(len(places)).int(), chain_scales)
+            over = line(parents, node)
+            rows, at = q[over], (chain_k, chain_v, table)
+            end = i32([len(places)])
+            whole = paged_attention(rows, *at, i32([0, len(over)]), end, scale, window, scales=chain_scales)
+            last = paged_attention(rows[-1:], *at, i32([0, 1]), end, scale, window, scales=chain_scales)
+            assert torch.equal(together[over], whole)
+            assert torch.equal(together[node], last[0])
 
 
 @pytest.mark.parametrize("kind", ["", *KINDS])

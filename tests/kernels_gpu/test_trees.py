@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
+import triton as triton_lang
+import triton.language as tl
 from torch import Tensor
 
 from penstock.core.contract.devices import ModelFacts
 from penstock.kernels.attention import coded, moves
 from penstock.kernels.attention import triton as kernel
 from penstock.kernels.attention.codes import KINDS
-from penstock.kernels.attention.reference import seen_by
+from penstock.kernels.attention.lines import lowest, place_of, seen_of
+from penstock.kernels.attention.reference import places_of
 from penstock.kernels.drafting import reference, triton
 from penstock.plugins.attention.pages import Pages
 from penstock.plugins.drafters.trees import Tree
@@ -34,19 +38,29 @@ class Case:
     """Sequences with a tree behind a context (or a prompt: `nodes` below 0), in the second of two layers; the truth in float64."""
 
     def __init__(
-        self, shape: list[tuple[int, int]], kind: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str
+        self,
+        shape: list[tuple[int, int]],
+        kind: str,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: str,
+        window: int = 0,
+        *,
+        poison: bool = True,
     ) -> None:
         facts = ModelFacts(
             architecture="x", model_type="x", vocab_size=9, hidden_size=9, intermediate_size=9, num_layers=2, num_heads=heads, num_kv_heads=kv_heads,
             head_dim=dim, max_position=99,
         )  # fmt: skip
-        pages = Pages(facts, dtype, torch.device(device), SIZE, kind)
+        self.pages, self.window = Pages(facts, dtype, torch.device(device), SIZE, kind), window
         lengths = [context + abs(nodes) for context, nodes in shape]
         widest = -(-max(lengths) // SIZE)
         order = torch.randperm(widest * len(shape)).tolist()
-        cache = pages.caches(pages.allocate(len(order)).fill_(0xFF))[1]
-        self.k, self.v = cache.k, cache.v
-        self.codes = None if cache.k_scale is None else coded.codes_of(kind, cache.k_scale)
+        self.k, self.v, self.codes = self.cache(len(order))
+        self.own: list[tuple[Tensor, Tensor]] = []
+        self.lines: list[Tensor] = []
         rng, want, tables, ancestors = random.Random(3), [], [], []
         self.q = torch.randn(sum(abs(nodes) for _, nodes in shape), heads, dim).to(dtype).to(device)
         first = 0
@@ -56,7 +70,8 @@ class Case:
             at = torch.arange(length)
             slots = (torch.tensor(blocks)[at // SIZE] * SIZE + at % SIZE).to(device)
             k, v = (torch.randn(length, kv_heads, dim).to(dtype).to(device) for _ in range(2))
-            if nodes > 2:
+            self.own.append((k, v))
+            if nodes > 2 and poison:
                 k[context + 1], v[context + 1] = torch.nan, torch.nan
             if self.codes is None:
                 kernel.write_kv(self.k, self.v, k, v, slots)
@@ -64,10 +79,11 @@ class Case:
             else:
                 coded.write_kv(self.k, self.v, self.codes, k, v, slots)
                 keys, values = coded.read_kv(self.k, self.v, self.codes, slots)
-            seen = seen_by(bits, torch.arange(context, length)[:, None] - at[None])
             keys, values = (part.cpu().double().repeat_interleave(heads // kv_heads, 1) for part in (keys, values))
             for node in range(abs(nodes)):
-                there = seen[node] & (at <= context + node)
+                there = places_of(bits[node], context + node)
+                self.lines.append(there)
+                there = there[-window:]
                 scores = torch.einsum("hd,khd->hk", self.q[first + node].cpu().double(), keys[there]) * dim**-0.5
                 want.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values[there]))
             first += abs(nodes)
@@ -81,11 +97,37 @@ class Case:
     def ragged(self, **more: Tensor) -> Tensor:
         starts = [0, *torch.tensor(self.counts).cumsum(0).tolist()]
         return kernel.ragged_attention(
-            self.q, self.k, self.v, self.tables, i32(self.device, starts), i32(self.device, self.lengths), self.scale, codes=self.codes,
-            ancestors=self.ancestors, **more,
+            self.q, self.k, self.v, self.tables, i32(self.device, starts), i32(self.device, self.lengths), self.scale, self.window,
+            codes=self.codes, ancestors=self.ancestors, **more,
         )  # fmt: skip
 
-    def flat(self) -> Tensor:
+    def cache(self, blocks: int) -> tuple[Tensor, Tensor, coded.Codes | None]:
+        """Of NaN."""
+        one = self.pages.caches(self.pages.allocate(blocks).fill_(0xFF))[1]
+        return one.k, one.v, None if one.k_scale is None else coded.codes_of(self.pages.kv, one.k_scale)
+
+    def chains(self, *, whole: bool = False, **more: Any) -> Tensor:
+        """Each node as the last row of a sequence of its own, in which its line is a chain. whole: in one piece with what lies before it."""
+        width = -(-max(len(line) for line in self.lines) // SIZE)
+        k_cache, v_cache, codes = self.cache(width * len(self.lines))
+        rows = [r for r, count in enumerate(self.counts) for _ in range(count)]
+        for node, (r, places) in enumerate(zip(rows, self.lines, strict=True)):
+            slots = (width * SIZE * node + torch.arange(len(places))).to(self.device)
+            k, v = (part[places] for part in self.own[r])
+            if codes is None:
+                kernel.write_kv(k_cache, v_cache, k, v, slots)
+            else:
+                coded.write_kv(k_cache, v_cache, codes, k, v, slots)
+        tables = torch.arange(width * len(rows), dtype=torch.int32, device=self.device).view(len(rows), width)
+        lengths = i32(self.device, [len(line) for line in self.lines])
+        at = (k_cache, v_cache, tables)
+        if not whole:
+            return kernel.decode_attention(self.q, *at, lengths, self.scale, self.window, codes=codes, **more)
+        two = torch.stack([self.q, self.q], 1).flatten(0, 1).contiguous()  # the row before is of no interest
+        starts = i32(self.device, range(0, 2 * len(rows) + 1, 2))
+        return kernel.ragged_attention(two, *at, starts, lengths, self.scale, self.window, codes=codes, **more)[1::2]
+
+    def flat(self, **more: Any) -> Tensor:
         """A row a node."""
         rows = [
             (r, length - count + node + 1)
@@ -94,7 +136,8 @@ class Case:
         ]
         tables = self.tables[[r for r, _ in rows]].contiguous()
         lengths = i32(self.device, [length for _, length in rows])
-        return kernel.decode_attention(self.q, self.k, self.v, tables, lengths, self.scale, codes=self.codes, ancestors=self.ancestors)
+        at = (self.q, self.k, self.v, tables, lengths, self.scale, self.window)
+        return kernel.decode_attention(*at, codes=self.codes, ancestors=self.ancestors, **more)
 
     def check(self, got: Tensor, tolerance: float, *, spoilt: bool) -> None:
         """`spoilt`: but for trees with poison in them."""
@@ -115,24 +158,77 @@ if torch.cuda.is_available():  # too much for the interpreter
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (3, 1, 80)])
-def test_nodes_see_their_ancestors_alone(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str) -> None:
-    case = Case(SHAPE, "", heads, kv_heads, dim, dtype, device)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 32, 0), (3, 1, 80, 3), (4, 2, 32, 67)])
+def test_nodes_see_their_ancestors_alone(heads: int, kv_heads: int, dim: int, window: int, dtype: torch.dtype, device: str) -> None:
+    """Of the window's positions, which are not places."""
+    case = Case(SHAPE, "", heads, kv_heads, dim, dtype, device, window)
     case.check(case.flat(), TOLERANCE[dtype], spoilt=False)
     case.check(case.ragged(), TOLERANCE[dtype], spoilt=True)
 
 
-@pytest.mark.parametrize("kind", KINDS if torch.cuda.is_available() else KINDS[:1])
-def test_over_eight_bits(kind: str, device: str) -> None:
-    case = Case(SHAPE, kind, 4, 2, 32, torch.bfloat16, device)
-    with pytest.raises(ValueError, match="has no trees"):
-        case.flat()
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [(kind, window) for kind in KINDS for window in (0, 5)] if torch.cuda.is_available() else [("int8", 0), ("fp8_e4m3", 5)],
+)
+def test_over_eight_bits(kind: str, window: int, device: str) -> None:
+    case = Case(SHAPE, kind, 4, 2, 32, torch.bfloat16, device, window)
+    case.check(case.flat(), 2e-2, spoilt=False)
     case.check(case.ragged(), 2e-2, spoilt=True)
 
 
-def test_this_steps_own_keys(device: str) -> None:
+LONG = [(0, 3), (61, 5)] if not torch.cuda.is_available() else [(0, 3), (61, 7), (1020, 20), (3, 64), (5000, 16)]
+
+
+EVERY = (
+    [(kind, window) for kind in ("", *KINDS) for window in (0, 5, 66)] if torch.cuda.is_available() else [("", 0), ("", 66), ("int8", 5)]
+)
+
+
+@pytest.mark.parametrize(("kind", "window"), EVERY)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_nodes_bits_are_those_that_its_line_has_as_a_chain(kind: str, deterministic: bool, window: int, device: str) -> None:
+    """By itself; in deterministic mode also in one piece with what lies before it, over several segments, and however many rows the workspace holds at once."""
+    case = Case(LONG, kind, 4, 2, 32, torch.bfloat16, device, window, poison=False)
+    if deterministic:  # a segment's length follows from the tables' width
+        segments = [kernel.segment_of(width * SIZE) for width in (case.tables.shape[1], -(-max(map(len, case.lines)) // SIZE))]
+        assert segments[0] == segments[1]
+    got = case.flat(deterministic=deterministic)
+    assert torch.equal(got, case.chains(deterministic=deterministic))
+    if deterministic:
+        assert torch.equal(got, case.chains(deterministic=True, whole=True))
+        pieces = -(-case.tables.shape[1] * SIZE // kernel.segment_of(case.tables.shape[1] * SIZE))
+        few = torch.empty(3 * 4 * pieces * (32 + 2), dtype=torch.float32, device=device)
+        assert torch.equal(got, case.flat(deterministic=True, workspace=few))
+        with pytest.raises(ValueError, match="rows of their own"):
+            case.ragged(deterministic=True)
+
+
+def test_the_words_of_lines(device: str) -> None:
+    """Numbers of bits, and the lowest of them, of words of every kind."""
+    words = torch.tensor([-1, 1, -5, -(1 << 63), (1 << 63) - 1, -2, *torch.randint(-(1 << 62), 1 << 62, (26,)).tolist()], device=device)
+    ones = [[at for at in range(64) if word >> at & 1] for word in words.tolist()]
+    counts = i32(device, [1 + at % 40 for at in range(len(words))])
+    many, kept, where = torch.empty_like(counts), torch.empty_like(words), torch.empty_like(counts)
+    triton_lang.jit(_look)[(1,)](words, counts, many, kept, where, N=len(words))
+    assert many.tolist() == [len(at) for at in ones]
+    wanted = [sum(1 << bit for bit in at[:count]) for at, count in zip(ones, counts.tolist(), strict=True)]
+    assert [word & ((1 << 64) - 1) for word in kept.tolist()] == wanted
+    # The row at place 100 that does not see place 98 is at position 99.
+    assert where.tolist() == [100, 99, *range(97, 97 - 30, -1)]
+
+
+def _look(words, counts, many, kept, where, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    n = tl.arange(0, N)
+    word = tl.load(words + n)
+    tl.store(many + n, seen_of(word))
+    tl.store(kept + n, lowest(word, tl.load(counts + n)))
+    tl.store(where + n, place_of(tl.load(words + 2), 100, 99 - n))
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_this_steps_own_keys(window: int, device: str) -> None:
     dtype = torch.float16
-    case = Case([(37, 7), (20, -5), (3, 20)], "", 4, 2, 32, dtype, device)
+    case = Case([(37, 7), (20, -5), (3, 20)], "", 4, 2, 32, dtype, device, window)
     parts: list[list[Tensor]] = [[], []]
     for table, length, count in zip(case.tables.tolist(), case.lengths, case.counts, strict=True):
         at = torch.arange(length - count, length)

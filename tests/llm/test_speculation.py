@@ -82,23 +82,24 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("model", list(TREES))
-def test_answers_are_those_without_a_tree(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token for token. Sums over keys are taken in another order, which 32 bits are enough for; penalties, bad words of several tokens and grammars have no drafts then, and their answers
-    stay, too."""
+WINDOWED = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("brook-medusa", {}), ("brook-eagle3", {}), ("brook-eagle3", {"kv_cache_dtype": "int8", "hf_overrides": WINDOWED})],
+    ids=["medusa", "eagle3", "eagle3, windows and eight bits"],
+)
+def test_answers_are_those_without_a_tree(model: str, more: dict[str, Any], plain: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties, bad words of several tokens and grammars have no drafts then, and their answers stay, too."""
+    if more:
+        other, plain = plain, answers(**more)[0]
+        assert plain != other
     turns = itertools.cycle([9, 9, 0, 9, 9, 9])
     monkeypatch.setattr(Widths, "choose", lambda self, rows: min(next(turns), self.most(rows)))
-    settings: dict[str, Any] = {"kv_cache_memory_bytes": 24 << 20, "max_num_seqs": 12, "max_num_batched_tokens": 128, "dtype": "float32"}
     accepted: list[int] = []
     verified = Widths.verified
     monkeypatch.setattr(Widths, "verified", lambda self, width, rows: (accepted.extend(rows[1:]), verified(self, width, rows))[1])
-    found = []
-    config = json.dumps({"model": model, "speculative_token_tree": TREES[model]})
-    for more in ({}, {"speculative_config": config}):
-        with LLM(**settings, **more) as llm:
-            asked = [(question, params) for question in QUESTIONS for params in PARAMS]
-            chats = [[{"role": "user", "content": question}] for question, _ in asked]
-            said = llm.chat(chats, [params for _, params in asked])
-            found.append([[(one.text, one.token_ids, one.finish_reason) for one in answer.outputs] for answer in said])
-    assert found[0] == found[1]
+    found, _ = answers(speculative_config=json.dumps({"model": model, "speculative_token_tree": TREES[model]}), **more)
+    assert found == plain
     assert sum(accepted) > 20

@@ -161,8 +161,9 @@ def measure(path: str, many: list[int], out: dict[str, Any]) -> None:
     torch.cuda.empty_cache()
 
 
-def trees(path: str, many: list[int], out: dict[str, Any]) -> None:
-    """What a step takes with eight drafts in a row's tree, of which the first children are right, and with the same eight as a chain."""
+def trees(path: str, many: list[int], out: dict[str, Any], mode: str = "", **over: Any) -> None:
+    """What a step takes with eight drafts in a row's tree, of which the first children are right, and with the same eight as a chain. `over`: other RunnerConfig fields,
+    and `mode`, their name."""
     from unittest import mock
 
     import torch
@@ -175,14 +176,14 @@ def trees(path: str, many: list[int], out: dict[str, Any]) -> None:
             mock.patch.object(cuda, "load_drafters", return_value=([oracle], max(WIDTHS))),
             mock.patch.object(cuda, "most_drafts", return_value=max(WIDTHS)),
         ):
-            runner, _, _ = load(path, load_format="dummy", max_num_seqs=64, max_model_len=4096)
+            runner, _, _ = load(path, load_format="dummy", max_num_seqs=64, max_model_len=4096, **over)
         silenced(runner)
         for rows in many:
             fill(runner, rows, CONTEXT)
             drafted(runner, rows, max(WIDTHS), 8, 1)
             fill(runner, rows, CONTEXT)
-            out[f"{name}_rows_{rows}"] = one = drafted(runner, rows, max(WIDTHS), STEPS, 1)
-            print(name, rows, json.dumps(one), flush=True)
+            out[f"{mode}{name}_rows_{rows}"] = one = drafted(runner, rows, max(WIDTHS), STEPS, 1)
+            print(f"{mode}{name}", rows, json.dumps(one), flush=True)
         runner.close()
         del runner
         gc.collect()
@@ -234,6 +235,8 @@ def main(arguments: list[str]) -> None:
         draft_model(path, folder_of(LLAMA_1B, Path(scratch), "llama-1b"), many[:2], found)
         (out / "speculation.json").write_text(json.dumps(found, indent=1))
         trees(path, many, found)
+        trees(path, many, found, "eight_bits_", kv_cache_dtype="fp8_e4m3")
+        trees(path, many, found, "deterministic_", deterministic=True)
         (out / "speculation.json").write_text(json.dumps(found, indent=1))
 
 
