@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import torch
 
-from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.devices import READS_ALL, ModelFacts
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
 from penstock.core.protocol.messages import Forward
@@ -45,7 +45,9 @@ NOBODY = torch.empty(0, dtype=torch.int32)
 
 
 class HeadDrafter:
-    """See Drafter."""
+    """See Drafter. It must see a sequence from its beginning: states are nowhere else."""
+
+    reads = READS_ALL
 
     def __init__(self, config: DraftConfig, parts: Parts) -> None:
         self.name = method = config.method or ""
@@ -138,6 +140,11 @@ class HeadDrafter:
         if self._gaps is not None:
             self._gaps.enter(slots)
 
+    def skip(self, slots: Column) -> None:
+        """See Drafter."""
+        if self._gaps is not None:
+            self._gaps.skip(slots)
+
     def begin(self, work: Forward) -> None:
         """See Drafter. On a device what passes while nobody asks is not seen again: later drafts are less apt until the text has moved on."""
         if self._gaps is not None:
@@ -214,7 +221,7 @@ class HeadDrafter:
         return behind
 
     def _catch_up(self, seen: Seen, gaps: Gaps) -> None:
-        missing = gaps.missing(seen.work)
+        missing = gaps.missing(seen.work, seen.read)
         if missing is None:
             return
         at, most = 0, self._chain.max_tokens

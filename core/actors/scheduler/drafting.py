@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.attendance import Attendance
 from penstock.core.actors.scheduler.hosted import Hosted
-from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
+from penstock.core.actors.scheduler.outline import NO_ROWS, Flight, Outline
 from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.waiting import Sequence
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
@@ -51,6 +52,11 @@ class Drafting:
         self.host = Hosted(board, [number for number, here in enumerate(hosted) if here], len(self.watches), self._lose)
         self._device: U8 = np.array([number for number, here in enumerate(hosted) if not here], np.uint8)
         self._all = (1 << len(self.watches)) - 1
+        reads = dict(zip(self._device.tolist(), settings.reads, strict=False))
+        self._attendance: Attendance | None = None
+        """None: no drafter reads anything."""
+        if any(reads.values()):
+            self._attendance = Attendance(board, self._widths, clock, [reads.get(number, 0) for number in range(len(self.watches))])
         self._off = 0
         """As bits: those that are off."""
         self.width = self.drafts = self.chosen = self._wanted = 0
@@ -75,6 +81,23 @@ class Drafting:
         self._had_index: Index = NO_ROWS
         self._had: I32 = np.zeros((2, 0), np.int32)
         """Drafts that these slots had verified, and right ones, which are not in their columns yet."""
+
+    # ------------------------------------------------------------------ who is attended
+
+    def enters(self, outline: Outline, slot: int, wish: int) -> None:
+        """A sequence enters a slot: need drafters look at it?"""
+        if self._attendance is None:
+            return
+        if self._attendance.spares(wish):
+            self._board.slots.unread[slot] = True
+            self._board.slots.num_unread += 1
+            outline.unread.add(slot)
+        elif self._attendance.idle:
+            self._rest = 0  # somebody who is to be tried
+
+    def computes_all(self, wish: int, tokens: int) -> bool:
+        """Whether a prompt should be computed whole, whatever of it is in the cache."""
+        return self._attendance is not None and self._attendance.whole(wish, tokens)
 
     # ------------------------------------------------------------------ before a step
 
@@ -105,7 +128,10 @@ class Drafting:
         willing = count if wishes is None else int(np.count_nonzero(wishes >= 0))
         if willing and self._off != self._all:
             self._widths.mixed = bool(board.prefilling)
-            self.chosen = self._widths.choose(count)
+            if slots.num_unread and self._attendance is not None:
+                self.chosen = self._attendance.choose(rows)
+            else:
+                self.chosen = self._widths.choose(count)
         if not self.chosen and wishes is None:
             self._timed_rest = self._off != self._all
             self._rest = self._widths.rest if self._timed_rest else REST
@@ -202,6 +228,8 @@ class Drafting:
         if not self._board.settings.loose:
             flight.alone |= bool(flight.width or flight.drafts)
         written = self.host.writes(flight, columns)
+        if self._attendance is not None and flight.chosen and (slots.num_unread or self._attendance.late):
+            written |= self._attendance.launched(flight)
         self.host.forget()
         if slots.any_drafted and (not flight.drafts or flight.alone):
             slots.drafted[flight.rows.index] = 0
@@ -234,9 +262,9 @@ class Drafting:
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
-            self._widths.timed(
-                count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen and not flight.early
-            )
+            steady = chosen == flight.chosen and not (flight.early or flight.partial)
+            told = {"whole": True} if flight.caught else {}
+            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, steady, **told)
         begun, self._before, self._finished_ns = self._finished_ns, kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
@@ -316,7 +344,14 @@ class Drafting:
             if self._board.wishes:
                 auto = right[slots.wish[index] == 0]
                 reached = _at_least(np.minimum(auto, flight.chosen), self._most)
-            if reached[0]:
+            attended = None if self._attendance is None else self._attendance.attended(index)
+            if attended is not None:
+                if self._board.wishes:
+                    attended &= slots.wish[index] == 0
+                reached = _at_least(np.minimum(right[attended], flight.chosen), self._most)
+                if reached[0]:
+                    self._widths.verified(flight.chosen, reached, 1 + float(right.mean()))
+            elif reached[0]:
                 self._widths.verified(flight.chosen, reached)
 
     def _settle(self) -> None:
@@ -332,6 +367,8 @@ class Drafting:
         if self._off & ~off:
             log.info("drafters on trial again: %s", ", ".join(w.name for n, w in enumerate(self.watches) if self._off & ~off & 1 << n))
         self._off = off
+        if self._attendance is not None:
+            self._attendance.off = off
         self._widths.forget()
 
     # ------------------------------------------------------------------ for others to look at

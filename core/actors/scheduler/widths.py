@@ -110,6 +110,8 @@ class Widths:
         self._oldest = True
         """Whether the last trial from no drafts was of what was measured longest ago: else of what promised most. They take turns."""
         self._purse, self._spent = PURSE, False
+        self.able = True
+        """Whether drafts can be made for those in the next step: of sequences that a drafter had to see from their beginning it may know nothing (attendance.py)."""
         self.behind = 0
         """Steps that are planned before the first one of a trial has landed: no drafts stand for them yet."""
         self._made = 1.0
@@ -120,16 +122,17 @@ class Widths:
 
     # ------------------------------------------------------------------ what is learned
 
-    def timed(self, rows: int, width: int, ns: int, mixed: bool = False, steady: bool = True) -> None:
+    def timed(self, rows: int, width: int, ns: int, mixed: bool = False, steady: bool = True, whole: bool = False) -> None:
         """From the end of the step before to the end of this one it took so long, drafting and waiting for the host included. `mixed`: prompts were computed
-        beside. `steady`: the one before was like it; else it is paid for, but says nothing of its width."""
+        beside. `steady`: the one before was like it; else it is paid for, but says nothing of its width. `whole`: it took so long for the
+        drafts' sake (a drafter had to read what it had missed), and all of it is paid for; else what takes much too long is a hiccup."""
         made, self._made = self._made, 1.0
         times = self._times.setdefault(_size(rows, mixed), {})
         known, none = times.get(width), times.get(0)
         usual = known if known is not None and known[1] >= ENOUGH else none
         taken = float(ns) if usual is None or usual[1] < ENOUGH else min(float(ns), 3 * usual[0])
         if not mixed and none is not None and none[1] >= ENOUGH:
-            self._pay(width, taken / none[0], made)
+            self._pay(width, (ns if whole else taken) / none[0], made)
         if not steady:
             return
         if known is None:
@@ -160,11 +163,11 @@ class Widths:
             self._spent = True
             self._trial_left = self._hold = 0
 
-    def verified(self, width: int, accepted: Sequence[int]) -> None:
+    def verified(self, width: int, accepted: Sequence[int], made: float | None = None) -> None:
         """Of `accepted[0]` rows of a step of that width, `accepted[j]` had their first j drafts right. Rows without drafts count: that there are none is a part
-        of how often they are right."""
+        of how often they are right. `made`: tokens of a row, where these were not all rows of the step."""
         fade = 0.5 ** (accepted[0] / MEMORY)
-        self._made = sum(accepted) / max(accepted[0], 1)
+        self._made = sum(accepted) / max(accepted[0], 1) if made is None else made
         for place in range(1, width + 1):
             self._reached[place] = self._reached[place] * fade + accepted[place - 1]
             self._right[place] = self._right[place] * fade + accepted[place]
@@ -214,6 +217,21 @@ class Widths:
 
     # ------------------------------------------------------------------ the choice
 
+    @property
+    def idle(self) -> bool:
+        """No drafts are best, and have been for a while; or there is nothing to spend."""
+        return self._spent or (self._current == 0 and self._unchanged >= SETTLED)
+
+    @property
+    def pays(self) -> bool:
+        """Some drafts are best."""
+        return self._current > 0
+
+    @property
+    def due(self) -> bool:
+        """It is time to try some again."""
+        return not self._spent and self._current == 0 and not self._trial_left and self._clock.now_ns() >= self._retry_ns
+
     def most(self, rows: int) -> int:
         """The widest that a step of so many rows has room for."""
         return next(width for width in reversed(self._ladder) if rows * (1 + width) <= self._budget or width == 0)
@@ -227,6 +245,11 @@ class Widths:
         self._steps += 1
         if self._spent:
             self._current, self.rest = 0, min(REST_SPENT, max(REST, int((PURSE - self._purse) / ALLOWANCE)))
+            return 0
+        if not self.able:
+            self._trial_left = self._hold = 0
+            self._unchanged += 0 if self._current else 1
+            self.rest = 0 if self._current else min(REST_SETTLED, REST * max(1, self._unchanged // SETTLED))
             return 0
         if self._trial_left:
             self._trial_left -= 1
