@@ -177,6 +177,8 @@ class DeviceRunner:
         """Rows of the Forward that is launched that they look at; None: all."""
         self._seen_by = True
         """Whether there are any."""
+        self._same: Column = EMPTY_I32
+        """The slots of the Forward before: the same object, as long as the same sequences go on."""
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
         """Of each page, what the drafters' layers have, behind the model's own."""
         self.kv_layout += "".join(drafter.kv_layout for drafter in drafters)
@@ -386,6 +388,10 @@ class DeviceRunner:
     def _begin_drafts(self, work: Forward) -> None:
         """Drafters are told of the step: who enters, and whom they need not look at."""
         placed, news = work.place_slots, len(work.place_slots) > 0
+        given = news or len(work.block_ids) > 0 or len(work.copy_src) > 0
+        if work.slots is self._same and not self._seen_by and not given and not len(work.read_slots):
+            return  # nobody is read, as in the step before
+        self._same = work.slots
         if self._readers and (news or len(work.read_slots)):
             unread: Column = work.place_unread > 0 if len(work.place_unread) else np.zeros(len(placed), bool)
             self._unread[placed] = unread
@@ -402,7 +408,7 @@ class DeviceRunner:
             count = int(np.count_nonzero(read))
             self._seen_by = count > 0
             self._read = None if count == len(read) else read
-        if self._seen_by or news or len(work.block_ids) or len(work.copy_src):
+        if self._seen_by or given:
             for drafter in self._drafters:
                 if news and drafter not in self._readers:
                     drafter.place(placed)

@@ -56,25 +56,26 @@ class Attendance:
     @property
     def idle(self) -> bool:
         """Those that read make no drafts, and are not about to."""
-        return self._readers & ~self.off == 0 or self._widths.idle
+        widths = self._widths
+        return self._readers & ~self.off == 0 or (widths.none if self._catches_up else widths.idle)
 
-    def spares(self, wish: int) -> bool:
-        """Whether a sequence that enters now is not read; `wish`: its own as to drafts."""
+    def spares(self, wish: int, entered: bool = True) -> bool:
+        """Whether a sequence that enters now is not read; `wish`: its own as to drafts; `entered`: it is in its slot."""
         if wish > 0 or not self.idle:
             return False
-        return wish < 0 or self._catches_up or not self._due() or not self._wanted()
+        return wish < 0 or self._catches_up or not self._due() or not self._wanted(entered)
 
     def whole(self, wish: int, tokens: int) -> bool:
         """Whether the prompt of a sequence that enters now, of so many tokens, is to be computed whole."""
-        return tokens <= WHOLE and not self._catches_up and self.idle and not self.spares(wish)
+        return tokens <= WHOLE and not self._catches_up and self.idle and not self.spares(wish, False)
 
     def _due(self) -> bool:
         return self._readers & ~self.off != 0 and self._widths.due
 
-    def _wanted(self) -> bool:
+    def _wanted(self, entered: bool) -> bool:
         """For a trial half of all are enough."""
         slots = self._board.slots
-        running = slots.count - len(slots.free)
+        running = slots.count - len(slots.free) - entered
         return 2 * (running - slots.num_unread) <= running
 
     # ------------------------------------------------------------------ before a step

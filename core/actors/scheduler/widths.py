@@ -102,6 +102,8 @@ class Widths:
         self._hold, self._held, self._unchanged = 0, (0, 0), 0
         """So many steps more it stays, for steps of that size."""
         self._trial, self._trial_left = 0, 0
+        self._settled = False
+        """No drafts were the best for a while, once."""
         self._interval, self._since = FIRST_INTERVAL, 0
         self._pause_ns, self._retry_ns = FIRST_RETRY_NS, 0
         self._steps = 0
@@ -160,7 +162,7 @@ class Widths:
         if self._spent:
             self._spent = self._purse < PURSE
         elif self._purse <= 0:
-            self._spent = True
+            self._spent = self._settled = True
             self._trial_left = self._hold = 0
 
     def verified(self, width: int, accepted: Sequence[int], made: float | None = None) -> None:
@@ -221,6 +223,11 @@ class Widths:
     def idle(self) -> bool:
         """No drafts are best, and have been for a while; or there is nothing to spend."""
         return self._spent or (self._current == 0 and self._unchanged >= SETTLED)
+
+    @property
+    def none(self) -> bool:
+        """No drafts are best now, and once were for a while: sooner than `idle`, for those to whom it is no loss to be told late of the contrary."""
+        return self._spent or (self._current == 0 and self._settled)
 
     @property
     def pays(self) -> bool:
@@ -295,6 +302,7 @@ class Widths:
             return self._start(self._longest_ago(size, able[1:]) if self._oldest else max(able[1:], key=lambda width: speeds[width]))
         self._unchanged += 1
         if current == 0 and self._unchanged >= SETTLED:
+            self._settled = True
             self.rest = self._resting(known.get(0, 0.0))
         else:
             self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
