@@ -975,7 +975,9 @@ class DeviceRunner:
             if idle and not drafter.page_bytes:  # one with layers keeps up with what it may be asked about later
                 continue
             some = read if drafter in self._readers else None
-            if some is not None and not some.size:
+            if some is not None and not some.size:  # nobody of those that it reads draws; it may see their prompts
+                if self._seen_by and (drafter in self._following or len(launched.work.slots) > launched.work.num_decode):
+                    drafter.observe(self._seen(launched, drafter, None))
                 continue
             width = min(work.drafts, drafter.max_lookahead)
             mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=device)

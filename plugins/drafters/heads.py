@@ -165,6 +165,8 @@ class HeadDrafter:
             at = int(work.counts[:decode].sum())
             if decode:
                 self._gaps.keep(work, decode, states[:at])
+            prompts = np.arange(len(work.slots)) >= decode
+            self._catch_up(seen, self._gaps, prompts if seen.read is None else prompts & seen.read)
             slots, starts, counts = work.slots[decode:], work.starts[decode:], work.counts[decode:]
             self._read(seen, self._chain.ragged(seen, slots, starts, counts), states[at:], None)
             self._gaps.read(slots, starts + counts)
@@ -196,7 +198,7 @@ class HeadDrafter:
         if seen.columns is None:  # nobody thought of drafts when the step began: from the next one on
             return
         if self._gaps is not None:
-            self._catch_up(seen, self._gaps)
+            self._catch_up(seen, self._gaps, seen.read)
             self._gaps.read(work.slots, work.starts + work.counts)
             self._gaps.read(proposal.host_slots, proposal.ends.numpy() - 1)
         if self._growth is None:
@@ -220,8 +222,8 @@ class HeadDrafter:
         assert behind is not None
         return behind
 
-    def _catch_up(self, seen: Seen, gaps: Gaps) -> None:
-        missing = gaps.missing(seen.work, seen.read)
+    def _catch_up(self, seen: Seen, gaps: Gaps, rows: Column | None) -> None:
+        missing = gaps.missing(seen.work, rows)
         if missing is None:
             return
         at, most = 0, self._chain.max_tokens
