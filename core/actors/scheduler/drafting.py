@@ -6,7 +6,8 @@ there since the last step; those of drafters on the host are asked for before a 
 Where the device knows by itself how far a step brought its rows (Forward.loose), the next one is planned while that is under way, from bounds: as if all drafts were
 there, and right. Elsewhere, and for drafters on the host, which have to be told, it is planned when the one before it has landed.
 While there are no drafts, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
-What it does not know: which width is best (widths.py), blocks, what drafts are.
+What it does not know: which width is best (widths.py), whom drafters look at (attendance.py), blocks, what drafts are. It is long because what a step has before it
+and what is learned behind it are about the same columns.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Trying what is not chosen is rare and cheap: a few steps, only of a width that m
 every width is compared with, so their time is never left to grow old. And what drafts may cost is bounded whatever was learned: a purse has an allowance of
 the time that passes and what drafts gained, every step with drafts that takes longer than its tokens would have taken without is paid out of it, and once it
 is empty there are none.
-What it does not know: sequences, messages, which drafter made a draft, what drafts are.
+What it does not know: sequences, messages, which drafter made a draft, what drafts are. It is long because what is learned, what is expected of it and what is chosen are the same few
+numbers, each of which says why it is what it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ FIRST_GUESS = 0.6
 """How often a draft is right, before anything is known."""
 FIRST_WEIGHT = 8.0
 """As if so many had been seen. What was seen long ago, without drafts since, counts for no more either."""
+LATELY, CHANGED = 12.0, 0.4
+"""Rows after which half of what was right lately is forgotten; if the first drafts of these are right by so much more or less often than was learned, other texts have come, and what was learned counts for
+as little as what was seen long ago."""
 NEXT_WEIGHT = 4.0
 """A place of which little is known is as the one before: as if so many had been seen."""
 MEMORY = 192.0
@@ -118,6 +122,8 @@ class Widths:
         """Steps that are planned before the first one of a trial has landed: no drafts stand for them yet."""
         self._made = 1.0
         """Tokens of a row in the step that was verified last."""
+        self._lately = 0.0, 0.0
+        """Of the last rows: how many there were, and how many of their first drafts were right."""
         self.rest = 0
         """Behind a choice of none: so many steps more have none, which nobody needs to ask for or to time. Afterwards `rested` says how many there were."""
         self.forget()
@@ -173,11 +179,18 @@ class Widths:
         for place in range(1, width + 1):
             self._reached[place] = self._reached[place] * fade + accepted[place - 1]
             self._right[place] = self._right[place] * fade + accepted[place]
+        if accepted[0]:
+            fade = 0.5 ** (accepted[0] / LATELY)
+            self._lately = self._lately[0] * fade + accepted[0], self._lately[1] * fade + accepted[1]
+            rate = self._lately[1] / self._lately[0]
+            if self._lately[0] >= LATELY and abs(rate - self._right[1] / self._reached[1]) > CHANGED:
+                self._fade()
 
     def forget(self) -> None:
         """Other drafters from now on: what was learned of their drafts no longer holds."""
         self._reached = [FIRST_WEIGHT if place == 1 else 0.0 for place in range(self._most + 1)]
         self._right = [FIRST_GUESS * reached for reached in self._reached]
+        self._lately = 0.0, 0.0
         self._retry_ns = 0
 
     # ------------------------------------------------------------------ what is expected
