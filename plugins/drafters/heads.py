@@ -231,8 +231,8 @@ class HeadDrafter:
         while at < len(ends):  # a ring is no longer than a step
             before = int(ends[at - 1]) if at else 0
             following = max(at + 1, int(np.searchsorted(ends, before + most, side="right")))
-            rows = slice(at, following)
-            columns = self._chain.ragged(seen, missing.slots[rows], missing.starts[rows], missing.counts[rows])
+            part = slice(at, following)
+            columns = self._chain.ragged(seen, missing.slots[part], missing.starts[part], missing.counts[part])
             self._read(seen, columns, missing.states[before : int(ends[following - 1])], None)
             at = following
 
