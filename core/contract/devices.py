@@ -204,16 +204,32 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a wide output head is quantised while it loads, a word as `quantization`'s. None: it is not."""
 
 
-_FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "place_adapters", "embed_slots", "loose")
+READS_NOTHING, READS_TOKENS, READS_ALL = 0, 1, 2
+"""See Runner.reads."""
+
+_FORWARD_COLUMNS = (
+    "write_slots",
+    "clone_src",
+    "block_groups",
+    "copy_groups",
+    "place_adapters",
+    "embed_slots",
+    "loose",
+    "place_unread",
+    "read_slots",
+)
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0, loose: bool = False) -> None:
-    """For a runner that serves no optional column (but masks, writes, loose rows and so many drafts, if it says so): raises UnsupportedFeature naming the one
+def refuse_columns(
+    work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0, loose: bool = False, unread: bool = False
+) -> None:
+    """For a runner that serves no optional column (but masks, writes, loose rows, unread sequences and so many drafts, if it says so): raises UnsupportedFeature naming the one
     that `work` has."""
     name = "lookahead" if work.lookahead > lookahead else "drafts" if isinstance(work, Sample) and work.drafts > lookahead else ""
     for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
         served = (masks and column == "mask_rows") or (writes and column == "write_slots") or (loose and column == "loose")
+        served = served or (unread and column in ("place_unread", "read_slots"))
         if len(getattr(work, column)) and not served:
             name = column
             break
@@ -240,6 +256,8 @@ class Runner(Protocol):
     `masks_ahead: bool` says that it takes masks behind drafts (Sample.mask_rows); without, sequences that obey a grammar have no drafts.
     `loose: bool` says that it takes Forward.loose; without, a step behind one with drafts comes when that has landed.
     `adjusts_ahead: bool`, True where it is absent: False says that it cannot apply penalties and bad words of several tokens behind drafts; sequences with those then have none.
+    `reads: tuple[int, ...]` says of each of `drafters` what it needs of a sequence before it can draft: READS_NOTHING; READS_TOKENS, which it can read at any time; or READS_ALL, what is
+    seen while the sequence is computed. With it the runner takes Forward.place_unread, and with READS_TOKENS Forward.read_slots. Without, drafters see every sequence.
     """
 
     facts: ModelFacts

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
+from penstock.core.contract.devices import READS_ALL, READS_NOTHING, DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
 from penstock.core.contract.fake_draws import DraftKind, FakeDraws, Mask, Script, columns_of, fall_of
 from penstock.core.contract.fake_pool import FakePool
 from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
@@ -39,7 +39,7 @@ from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Mo
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` and `hang_*` inject faults; `manual` holds every step's result
     until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance). `clones`, `lookahead`,
-    `adapters`, `embeddings`, `pool_kinds`: what it declares. `drafts`: how its drafters guess, one word each (see FakeDraws.guess)."""
+    `adapters`, `embeddings`, `pool_kinds`: what it declares. `drafts`: how its drafters guess, one word each (see FakeDraws.guess); `reads`: what each reads."""
 
     vocab_size: int = 512
     depth: int = 1
@@ -60,6 +60,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     drafts: tuple[DraftKind, ...] = ("fair",)
     masks_ahead: bool = False
     loose: bool = True
+    reads: tuple[int, ...] = ()
     adapters: int = 0
     embeddings: int = 0
     pool_kinds: tuple[int, ...] = ()
@@ -146,6 +147,7 @@ class FakeRunner:
         self.drafters = mine if asked else options.drafts
         self.masks_ahead = options.masks_ahead
         self.loose = options.loose
+        self.reads = options.reads
         self._device = device
         self._options = options
         slots = config.max_num_seqs
@@ -189,6 +191,14 @@ class FakeRunner:
         if len(work.copy_src):
             self._kv[work.copy_dst] = self._kv[work.copy_src]
         self._slots.place(work.place_slots, work.place_counts, work.place_tokens, work.place_adapters, self._options.adapters)
+        self._need(
+            not (len(work.place_unread) or len(work.read_slots)) or bool(self.reads), "sequences are not read where nobody reads any"
+        )
+        self._need(
+            not len(work.read_slots) or READS_ALL not in self.reads,
+            "sequences are to be read late by who has to see them from their beginning",
+        )
+        self._slots.skip(work.place_slots, work.place_unread, work.read_slots)
         if len(work.embed_slots):
             self._slots.embed(work.embed_slots, work.embed_starts, work.embed_counts, work.embed_rows, self._options.embeddings)
         if len(work.clone_src):
@@ -247,7 +257,8 @@ class FakeRunner:
             logprobs = self._logprobs(into, positions, tokens, mask)
         if work.drafts:
             self._device.launches["draft"] += 1
-            drafts, drafters = self._draws.drafts(into, work.drafts, work.drafters, self._options.drafts[: len(self.drafters)])
+            reads = (self.reads + (READS_NOTHING,) * len(self.drafters))[: len(self.drafters)]
+            drafts, drafters = self._draws.drafts(into, work.drafts, work.drafters, self._options.drafts[: len(self.drafters)], reads)
         self._need(np.array_equal(work.prompt_rows, self._asked), "prompt log-probabilities of other rows than Forward said")
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32

@@ -157,12 +157,12 @@ class FakeDraws:
             self._slots.append(into[rows], positions[rows] + k, tokens[rows, k])
         return tokens[np.arange(tokens.shape[1]) < counts[:, None]], counts
 
-    def drafts(self, into: I64Array, count: int, bits: int, kinds: Sequence[DraftKind]) -> tuple[I32Array, U8Array]:
+    def drafts(self, into: I64Array, count: int, bits: int, kinds: Sequence[DraftKind], reads: Sequence[int]) -> tuple[I32Array, U8Array]:
         """Up to `count` drafts behind each of these slots' histories, by the first drafter of those in `bits` that has any: them, and whose they are."""
         out = np.full((len(into), count), -1, np.int32)
         whose = np.zeros(len(into), np.uint8)
         for number, kind in enumerate(kinds):
-            left = np.nonzero(out[:, 0] < 0)[0]
+            left = np.nonzero((out[:, 0] < 0) & ~(self._slots.unread[into] & (reads[number] > 0)))[0]
             if not bits >> number & 1 or kind == "none" or not len(left):
                 continue
             slots = into[left]

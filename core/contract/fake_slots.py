@@ -41,7 +41,7 @@ def mix(value: U64) -> U64:
 
 class FakeSlots:
     """`history` I32 and `digest` U64 [slots, width], `length` I64 (tokens placed, drawn or written), `sure` I64 (those that cannot be taken back: all but
-    written ones behind the last drawn), `drafts` I64 (the device's own, behind `length`), `table` I32 (-1: no block), `sampling`, `adapter` I64. The adapter
+    written ones behind the last drawn), `drafts` I64 (the device's own, behind `length`), `table` I32 (-1: no block), `sampling`, `unread`, `adapter` I64. The adapter
     and embeddings are part of the digest. `need(ok, what)`
     raises FakeViolation."""
 
@@ -53,6 +53,7 @@ class FakeSlots:
         self.digest = np.zeros((slots, width), np.uint64)
         self.table = np.full((slots, -(-width // block_size)), -1, np.int32)
         self.sampling: list[SlotSampling | None] = [None] * slots
+        self.unread = np.zeros(slots, np.bool_)
         self.adapter = np.zeros(slots, np.int64)
         self._powers = powers(width)
         self._vocab = vocab
@@ -68,6 +69,13 @@ class FakeSlots:
             self._place(slot, tokens[at : at + count])
             at += count
         self._need(at == len(tokens), "place_tokens is longer than place_counts say")
+
+    def skip(self, placed: Column, unread: Column, read: Column) -> None:
+        """Of those placed some are not looked at by drafters that read, and others are from now on."""
+        self._need(len(unread) in (0, len(placed)), "place_unread is not as long as place_slots")
+        self.unread[placed] = unread > 0 if len(unread) else False
+        self._need(bool(self.unread[read].all()), "a slot is to be read that is already")
+        self.unread[read] = False
 
     def _place(self, slot: int, tokens: npt.NDArray[Any]) -> None:
         count = len(tokens)
@@ -118,7 +126,7 @@ class FakeSlots:
         self.history[targets], self.digest[targets] = self.history[sources], self.digest[sources]
         self.table[targets] = self.table[sources]
         self.length[targets] = self.sure[targets] = lens
-        self.adapter[targets] = self.adapter[sources]
+        self.adapter[targets], self.unread[targets] = self.adapter[sources], self.unread[sources]
         self.drafts[targets] = 0
         for slot in targets.tolist():
             self.sampling[slot] = None

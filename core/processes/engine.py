@@ -191,6 +191,7 @@ class Engine:
             masks_ahead=bool(getattr(runner, "masks_ahead", False)),
             loose=bool(getattr(runner, "loose", False)),
             adjusts_ahead=bool(getattr(runner, "adjusts_ahead", True)),
+            reads=tuple(getattr(runner, "reads", ())),
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None

@@ -873,6 +873,12 @@ class Forward(Message, frozen=True, kw_only=True):
     begins at its slot's last token, wherever the Samples before have put it; `starts` says the last position that this can be, for which there are blocks. It counts
     as if all drafts that were asked for stood there: where fewer do, any tokens may stand in their places, or the row may compute fewer. Its Sample's
     position is the one behind, at most what that says. Only for a runner with `loose`. Empty: all zeros."""
+    place_unread: Column = EMPTY_U8
+    """U8, for each of place_slots: 1 for a sequence that drafters need not look at, since no drafts are wanted for it: the device keeps nothing for them, and makes no drafts
+    for it by those that read sequences (Runner.reads). Clones are as their source. Only for a runner with `reads`. Empty: all zeros."""
+    read_slots: Column = EMPTY_I32
+    """Slots of such sequences that drafts are wanted for from now on, behind this step already. Drafters read before the next drafts what they have missed; only where all that
+    read at all can (READS_TOKENS)."""
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penstock.core.protocol.columns import EMPTY_I32, I32, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, i32, u8
 from penstock.core.protocol.errors import CheckpointError, EngineFailure
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
@@ -53,6 +53,8 @@ class Job:
     prompt_logprobs: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
     drafts: int = 0
     """That stand behind its last token on the device."""
+    unread: bool = False
+    """Drafters do not look at it."""
     stop_ids: tuple[int, ...] = ()
 
     @property
@@ -69,7 +71,8 @@ class Options:
     """How a run is cut. `chunk` (rng -> tokens) bounds a prefill row; `at_once` sequences run together; `scatter` shuffles free blocks;
     `share` lets a sequence start on the full blocks of an earlier equal prefix; `preempt` is the chance per step to drop a running sequence; `lookahead` (rng ->
     drafts) is how many a step puts behind what it draws; the next one verifies them all. `told` (job ->
-    tokens) are drafts that the host writes there instead, as many as the runner verifies."""
+    tokens) are drafts that the host writes there instead, as many as the runner verifies. `unread`: the chance that drafters do not look at a sequence that enters a slot; `late`:
+    the chance per step that they do afterwards."""
 
     chunk: Callable[[random.Random], int] | None = None
     at_once: int | None = None
@@ -79,6 +82,8 @@ class Options:
     seed: int = 0
     lookahead: Callable[[random.Random], int] | None = None
     told: Callable[[Job], Sequence[int]] | None = None
+    unread: float = 0.0
+    late: float = 0.0
 
 
 class Driver:
@@ -117,6 +122,7 @@ class Driver:
             while waiting and len(running) < limit and len(self.free) >= self._blocks_of(waiting[0]):
                 job = waiting.pop(0)
                 job.slot = slots.pop(0)
+                job.unread = bool(self.options.unread) and self.rng.random() < self.options.unread
                 self._admit(job)
                 fresh.append(job)
                 running.append(job)
@@ -185,6 +191,9 @@ class Driver:
         rows.sort(key=lambda row: row[1] != 1 and id(row[0]) not in decode)
         asks = [index for index, (job, _) in enumerate(rows) if job.params.prompt_logprobs is not None and job.computed < len(job.prompt)]
         self.steps += 1
+        late = [job for job in running if job.unread and job not in fresh and self.rng.random() < self.options.late]
+        for job in late:
+            job.unread = False
         self.runner.forward(
             Forward(
                 engine=0,
@@ -196,6 +205,8 @@ class Driver:
                 num_decode=sum(1 for job, count in rows if count == 1 or id(job) in decode),
                 lookahead=lookahead,
                 **placing(fresh),
+                place_unread=u8([job.unread for job in fresh]) if self.options.unread else EMPTY_U8,
+                read_slots=i32([job.slot for job in late]),
                 prompt_rows=i32(asks),
                 write_slots=i32([job.slot for job, drafts in written for _ in drafts]),
                 write_positions=i32([job.known + at for job, drafts in written for at in range(len(drafts))]),

@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 import torch
 
-from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
+from penstock.core.contract.devices import READS_ALL, READS_NOTHING, MemoryTable, ModelFacts, refuse_columns
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, Column, i32
 from penstock.core.protocol.errors import EngineFailure, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
@@ -168,6 +168,17 @@ class DeviceRunner:
         self.widths: tuple[int, ...] = () if tree is None else (lookahead,)
         self.drafters = tuple(drafter.name for drafter in drafters)
         self._drafters = list(drafters)
+        self.reads = tuple(getattr(drafter, "reads", READS_ALL) for drafter in drafters)
+        self._readers = [drafter for drafter, reads in zip(drafters, self.reads, strict=True) if reads != READS_NOTHING]
+        self._unread = np.zeros(max_num_seqs, bool)
+        """Slots that none of these looks at."""
+        self._any_unread = False
+        self._read: Column | None = None
+        """Rows of the Forward that is launched that they look at; None: all."""
+        self._seen_by = True
+        """Whether there are any."""
+        self._same: Column = EMPTY_I32
+        """The slots of the Forward before: the same object, as long as the same sequences go on."""
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
         """Of each page, what the drafters' layers have, behind the model's own."""
         self.kv_layout += "".join(drafter.kv_layout for drafter in drafters)
@@ -325,7 +336,9 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True, lookahead=self.lookahead, loose=self.lookahead > 0 and self._tree is None)
+        refuse_columns(
+            work, writes=True, lookahead=self.lookahead, loose=self.lookahead > 0 and self._tree is None, unread=bool(self._readers)
+        )
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         loose = len(work.loose) > 0
@@ -339,10 +352,8 @@ class DeviceRunner:
             work, first = _flat(work)
             rows = len(work.slots)
         decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
-        for drafter in self._drafters:
-            if len(work.place_slots):
-                drafter.place(work.place_slots)
-            drafter.begin(asked)
+        if self._drafters:
+            self._begin_drafts(asked)
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
         if loose:
@@ -364,15 +375,44 @@ class DeviceRunner:
             graph.replay()
             self.counters.replays += 1
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
-            if self._looked_at:
+            if self._looked_at and self._seen_by:
                 self._look(self._launched, graph.outputs, rows)
-        elif decode or self._looked_at or not self._replay_mixed(work, rows):
+        elif decode or (self._looked_at and self._seen_by) or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
         assert self._launched is not None
         if first is not None:
             self._launched.first = first
         if work is not asked:
             self._launched.asked = asked
+
+    def _begin_drafts(self, work: Forward) -> None:
+        """Drafters are told of the step: who enters, and whom they need not look at."""
+        placed, news = work.place_slots, len(work.place_slots) > 0
+        given = news or len(work.block_ids) > 0 or len(work.copy_src) > 0
+        if work.slots is self._same and not self._seen_by and not given and not len(work.read_slots):
+            return  # nobody is read, as in the step before
+        self._same = work.slots
+        if self._readers and (news or len(work.read_slots)):
+            unread: Column = work.place_unread > 0 if len(work.place_unread) else np.zeros(len(placed), bool)
+            self._unread[placed] = unread
+            self._unread[work.read_slots] = False
+            self._any_unread = bool(self._unread.any())
+            for drafter in self._readers:
+                drafter.place(placed[~unread])
+                for told, slots in (("skip", placed[unread]), ("attend", work.read_slots)):
+                    if len(slots) and hasattr(drafter, told):
+                        getattr(drafter, told)(slots)
+        self._read, self._seen_by = None, True
+        if self._any_unread:
+            self._read = read = ~self._unread[work.slots]
+            count = int(np.count_nonzero(read))
+            self._seen_by = count > 0
+            self._read = None if count == len(read) else read
+        if self._seen_by or given:
+            for drafter in self._drafters:
+                if news and drafter not in self._readers:
+                    drafter.place(placed)
+                drafter.begin(work)
 
     def _looked_up(self, work: Forward) -> Forward:
         """The step with what is known here, since all steps before have been: where loose rows begin, and how many drafts they have."""
@@ -459,14 +499,15 @@ class DeviceRunner:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
         columns, kept, first = self._columns_of(work, decode)
         asked = len(work.prompt_rows) > 0
-        if self._program is None or (self._taps and self._tapped is None and (self._drafting or work.num_decode < rows)):
-            x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
-            every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states else None
+        looked_at = self._looked_at and self._seen_by
+        if self._program is None or (looked_at and self._taps and self._tapped is None and (self._drafting or work.num_decode < rows)):
+            x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps if looked_at else ())
+            every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states and looked_at else None
             hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
             self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, None, every, columns)
             return
         wanted = torch.cat([kept, torch.from_numpy(_tokens_of(work))]) if asked else kept
-        if not self._looked_at:
+        if not looked_at:
             self._launched = _Launched(work, 0, self._run(columns, wanted), None, first)
             return
         tokens, streams = len(columns.tokens), None
@@ -803,7 +844,7 @@ class DeviceRunner:
                     tokens = torch.cat([tokens, *self._draft(work, launched, slots, positions, positions + 1, hidden)])
             landing.bring(tokens)
         where = landing.also(begins) if found is not None and len(loose) and begins is not None else -1
-        if self._drafters:
+        if self._drafters and self._seen_by:
             every = range(len(self._drafters)) if len(before.slots) > before.num_decode else self._followers
             if every and len(before.slots):
                 self._observe(launched, every, work.drafters if rows and work.drafts else 0)
@@ -921,8 +962,9 @@ class DeviceRunner:
         shape, device = (len(work.rows), work.drafts), self._lane.device
         drafts = torch.full(shape, -1, dtype=torch.int32, device=device)
         first, hot = True, self.sampler.hot(work.slots)
+        read = None if self._read is None else np.flatnonzero(self._read[work.rows])
         asked = [drafter for index, drafter in enumerate(self._drafters) if work.drafters >> index & 1]
-        if len(self._drafters) == 1 and asked and asked[0].max_lookahead >= work.drafts:
+        if read is None and len(self._drafters) == 1 and asked and asked[0].max_lookahead >= work.drafts:
             proposal = Proposal(work.rows, work.slots, slots, begins, ends, hidden, self._guess(hot), hot, True)
             asked[0].propose(self._seen(launched, asked[0], proposal), drafts)
             self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
@@ -934,10 +976,23 @@ class DeviceRunner:
             idle = self._lane.direct and not first and bool((drafts[:, 0] >= 0).all())
             if idle and not drafter.page_bytes:  # one with layers keeps up with what it may be asked about later
                 continue
+            some = read if drafter in self._readers else None
+            if some is not None and not some.size:  # nobody of those that it reads draws; it may see their prompts
+                if self._seen_by and (drafter in self._following or len(launched.work.slots) > launched.work.num_decode):
+                    drafter.observe(self._seen(launched, drafter, None))
+                continue
             width = min(work.drafts, drafter.max_lookahead)
             mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=device)
             proposal = Proposal(work.rows, work.slots, slots, begins, ends, hidden, self._guess(hot), hot, first)
-            drafter.propose(self._seen(launched, drafter, proposal), mine)
+            if some is None:
+                drafter.propose(self._seen(launched, drafter, proposal), mine)
+            else:
+                at = self._to_device(some.astype(np.int32)).long()
+                its_own = replace(proposal, rows=work.rows[some], host_slots=work.slots[some], slots=slots[at], begins=begins[at])
+                proposal = replace(its_own, ends=ends[at], hidden=hidden[at])
+                its = mine[at]
+                drafter.propose(self._seen(launched, drafter, proposal), its)
+                mine[at] = its
             lacking = (drafts[:, 0] < 0) & (mine[:, 0] >= 0) & (mine[:, 0] < self.facts.vocab_size)
             drafts[:, :width] = torch.where(lacking[:, None], mine, drafts[:, :width])
             whose.masked_fill_(lacking, index)
@@ -988,7 +1043,8 @@ class DeviceRunner:
             taps = [taps[self._taps.index(tap)] for tap in drafter.taps] if taps else []
             # A program may have kept what another drafter looks at, and not the taps.
             columns = columns if len(taps) == len(drafter.taps) else None
-        return Seen(launched.asked or launched.work, taps, launched.states, columns, self.history, self.table, proposal, joined)
+        work, read = launched.asked or launched.work, self._read
+        return Seen(work, taps, launched.states, columns, self.history, self.table, proposal, read, joined)
 
     def _sent_rows(self, work: Sample, loose: Column) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, slots and positions on the device."""

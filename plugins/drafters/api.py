@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.devices import READS_NOTHING, ModelFacts
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.messages import Forward
@@ -99,6 +99,8 @@ class Seen:
     table: Tensor
     proposal: Proposal | None
     """None: nothing was drawn, or nothing is to be drafted."""
+    read: Column | None = None
+    """Which rows of the step are of sequences that drafters read (Forward.place_unread), bool; None: all."""
     joined: Tensor | None = None
     """[T, K * H]: all of the drafter's taps side by side, in place of `taps`. Only for one that `follows`."""
 
@@ -110,7 +112,11 @@ def tree_among(drafters: Sequence[Any]) -> Tree | None:
 
 class Drafter(Protocol):
     """Everything runs on the device's thread, in the lane's order, and nothing waits for the device. With `follows = True` it sees, where the lane is direct, every step that it
-    is not asked for drafts behind, not those with prompts alone.
+    is not asked for drafts behind, not those with prompts alone. Steps in which no row is of a sequence that is read (Seen.read) it does not see at all, nor their `begin` unless blocks are given or
+    sequences placed there; proposals are for rows that are read.
+
+    It may have `reads: int`, what it needs of a sequence (Runner.reads); READS_ALL where it is absent. Then it may have `skip(slots: Column)`, told in place of `place` of sequences that it is not to look at,
+    and with READS_TOKENS it has `attend(slots: Column)`: it is to look at these after all.
 
     It may have `tree: Tree | None`: not None says that draft k of a row is node k + 1 of that tree; it is asked for all of them or for none. Without, drafts are a chain."""
 
@@ -167,6 +173,7 @@ class NoLayers:
     states = False
     page_bytes = nbytes = state_bytes = 0
     kv_layout = ""
+    reads = READS_NOTHING
 
     def bind(self, pages: Tensor) -> None:
         """There are no layers."""

@@ -50,6 +50,8 @@ class Contexts:
         """the draft model's that they became,"""
         self._have: I32 = np.zeros(parts.slots, np.int32)
         """and how many of these are computed."""
+        self._skipped: set[int] = set()
+        """Slots that sequences enter of which nothing is to be known."""
 
     most_rows: int
     """That get drafts at once."""
@@ -67,12 +69,21 @@ class Contexts:
         at = 0
         slots, found = work.place_slots.tolist(), []
         for slot, count in zip(slots, work.place_counts.tolist(), strict=True):
+            if slot in self._skipped:
+                at += count
+                continue
             tokens = self._alignment.context(i32(work.place_tokens[at : at + count]), 3 * self._length // 4, self._kept)
             at += count
             self._entered[slot], self._read[slot], self._have[slot] = count, tokens.size, 0
             found.append(tokens)
-        if slots:
-            self._enter(slots, found)
+        entered = [slot for slot in slots if slot not in self._skipped]
+        self._skipped.clear()
+        if entered:
+            self._enter(entered, found)
+
+    def skip(self, slots: Column) -> None:
+        """Sequences enter these slots of which nothing is to be known."""
+        self._skipped.update(slots.tolist())
 
     def _enter(self, slots: list[int], contexts: list[I32]) -> None:
         raise NotImplementedError
@@ -96,7 +107,9 @@ class Contexts:
     def read(self, seen: Seen) -> None:
         """Compute of the prompts in this step as much as the model has."""
         work = seen.work
-        rows = slice(work.num_decode, len(work.slots))
+        rows = np.arange(work.num_decode, len(work.slots))
+        if seen.read is not None:
+            rows = rows[seen.read[rows]]
         slots, ends = work.slots[rows], (work.starts + work.counts)[rows]
         entered, read = self._entered[slots], self._read[slots]
         goals = np.where(ends >= entered, read, read.astype(np.int64) * ends // np.maximum(entered, 1)).astype(np.int32)

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from penstock.core.contract.devices import READS_TOKENS
 from penstock.core.protocol.columns import I32, Column
 from penstock.core.protocol.errors import CheckpointError, ConfigError, spelled
 from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import Drafter, Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
+from penstock.plugins.drafters.holes import Holes
 from penstock.plugins.drafters.kinds import check_kind
 from penstock.plugins.drafters.layers import DraftLayers
 from penstock.plugins.gguf import is_gguf
@@ -42,6 +44,7 @@ class ModelDrafter:
     name = "draft_model"
     taps: tuple[int, ...] = ()
     states = False
+    reads = READS_TOKENS
 
     def __init__(self, config: DraftConfig, parts: Parts, model: Model) -> None:
         self._model = model
@@ -62,6 +65,7 @@ class ModelDrafter:
         """For each slot: positions before this one hold its keys and values; -1: those before the next step's start."""
         self._ahead: I32 = np.zeros(parts.slots, np.int32)
         """With -1: and so many more."""
+        self._holes = Holes(parts.slots, parts.block_size)
         self._open = False
         """Somebody may have -1, or more than its next step's start."""
         self._now: I32 = np.zeros(0, np.int32)
@@ -73,15 +77,28 @@ class ModelDrafter:
         """See Drafter."""
         self._layers = DraftLayers(self._model, self._ops, self._model.attention.caches(pages), self._chain.dtype)
         self._chain.forget()
+        self._holes.bind(len(pages))
 
     def place(self, slots: Column) -> None:
         """See Drafter. What lies in the blocks that a sequence begins on was computed by this, too."""
         self._have[slots] = -1
         self._ahead[slots] = 0
         self._open = True
+        self._holes.attend(slots)
+
+    def skip(self, slots: Column) -> None:
+        """See Drafter. If it is asked after all it begins at the beginning."""
+        self._have[slots] = 0
+        self._holes.skip(slots)
+
+    def attend(self, slots: Column) -> None:
+        """See Drafter."""
+        self._holes.attend(slots)
 
     def begin(self, work: Forward) -> None:
         """See Drafter."""
+        if len(work.block_ids) or len(work.copy_src):
+            self._holes.note(work, self._have)
         have = self._have[work.slots]
         if not self._open:  # nothing changes while nothing is drafted
             self._now, self._upto = have, np.zeros(len(have), bool)
@@ -97,7 +114,8 @@ class ModelDrafter:
     def observe(self, seen: Seen) -> None:
         """See Drafter."""
         work = seen.work
-        self._catch_up(seen, np.arange(work.num_decode, len(work.slots), dtype=np.int32))
+        rows = np.arange(work.num_decode, len(work.slots), dtype=np.int32)
+        self._catch_up(seen, rows if seen.read is None else rows[seen.read[rows]])
 
     def warm(self, seen: Seen, rows: int, width: int) -> None:
         """See Drafter."""
@@ -123,6 +141,7 @@ class ModelDrafter:
             self._run(columns)
             firsts[left] += counts
         self._have[slots] = ends
+        self._holes.filled(slots)
 
     def propose(self, seen: Seen, out: Tensor) -> None:
         """See Drafter."""
@@ -130,7 +149,8 @@ class ModelDrafter:
         assert proposal is not None
         ends = work.starts + work.counts
         # A decode row's last draft is computed below, if it was right.
-        late = np.flatnonzero((np.arange(len(ends)) >= work.num_decode) | ((self._now < ends - 1) & ~self._upto))
+        lacking = (np.arange(len(ends)) >= work.num_decode) | ((self._now < ends - 1) & ~self._upto)
+        late = np.flatnonzero(lacking if seen.read is None else lacking & seen.read)
         if late.size:
             self._catch_up(seen, late.astype(np.int32))
         made = self._chain.run(seen, proposal, out, self._first, self._next)

@@ -63,6 +63,10 @@ class Gaps:
         self._read[slots] = -1
         self._entered = True
 
+    def skip(self, slots: Column) -> None:
+        """Sequences enter these slots of which nothing is read or kept."""
+        self._read[slots] = 0
+
     def begin(self, work: Forward) -> None:
         """A step begins."""
         if self._entered:
@@ -91,10 +95,10 @@ class Gaps:
         """These slots were read up to these positions."""
         self._read[slots] = ends
 
-    def missing(self, work: Forward) -> Missing | None:
-        """What rows of the step have not read before its start, as far as it is there."""
+    def missing(self, work: Forward, kept: Column | None = None) -> Missing | None:
+        """What rows of the step have not read before its start, as far as it is there. `kept`: rows of which something may be there; None: all."""
         firsts = np.maximum(self._read[work.slots], work.starts - self.length)
-        lacking = np.flatnonzero(firsts < work.starts)
+        lacking = np.flatnonzero(firsts < work.starts if kept is None else (firsts < work.starts) & kept)
         if not lacking.size:
             return None
         self._write()

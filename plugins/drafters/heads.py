@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import torch
 
-from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.devices import READS_ALL, ModelFacts
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
 from penstock.core.protocol.messages import Forward
@@ -45,7 +45,9 @@ NOBODY = torch.empty(0, dtype=torch.int32)
 
 
 class HeadDrafter:
-    """See Drafter."""
+    """See Drafter. It must see a sequence from its beginning: states are nowhere else."""
+
+    reads = READS_ALL
 
     def __init__(self, config: DraftConfig, parts: Parts) -> None:
         self.name = method = config.method or ""
@@ -138,6 +140,11 @@ class HeadDrafter:
         if self._gaps is not None:
             self._gaps.enter(slots)
 
+    def skip(self, slots: Column) -> None:
+        """See Drafter."""
+        if self._gaps is not None:
+            self._gaps.skip(slots)
+
     def begin(self, work: Forward) -> None:
         """See Drafter. On a device what passes while nobody asks is not seen again: later drafts are less apt until the text has moved on."""
         if self._gaps is not None:
@@ -158,6 +165,8 @@ class HeadDrafter:
             at = int(work.counts[:decode].sum())
             if decode:
                 self._gaps.keep(work, decode, states[:at])
+            prompts = np.arange(len(work.slots)) >= decode
+            self._catch_up(seen, self._gaps, prompts if seen.read is None else prompts & seen.read)
             slots, starts, counts = work.slots[decode:], work.starts[decode:], work.counts[decode:]
             self._read(seen, self._chain.ragged(seen, slots, starts, counts), states[at:], None)
             self._gaps.read(slots, starts + counts)
@@ -189,7 +198,7 @@ class HeadDrafter:
         if seen.columns is None:  # nobody thought of drafts when the step began: from the next one on
             return
         if self._gaps is not None:
-            self._catch_up(seen, self._gaps)
+            self._catch_up(seen, self._gaps, seen.read)
             self._gaps.read(work.slots, work.starts + work.counts)
             self._gaps.read(proposal.host_slots, proposal.ends.numpy() - 1)
         if self._growth is None:
@@ -213,8 +222,8 @@ class HeadDrafter:
         assert behind is not None
         return behind
 
-    def _catch_up(self, seen: Seen, gaps: Gaps) -> None:
-        missing = gaps.missing(seen.work)
+    def _catch_up(self, seen: Seen, gaps: Gaps, rows: Column | None) -> None:
+        missing = gaps.missing(seen.work, rows)
         if missing is None:
             return
         at, most = 0, self._chain.max_tokens
@@ -222,8 +231,8 @@ class HeadDrafter:
         while at < len(ends):  # a ring is no longer than a step
             before = int(ends[at - 1]) if at else 0
             following = max(at + 1, int(np.searchsorted(ends, before + most, side="right")))
-            rows = slice(at, following)
-            columns = self._chain.ragged(seen, missing.slots[rows], missing.starts[rows], missing.counts[rows])
+            part = slice(at, following)
+            columns = self._chain.ragged(seen, missing.slots[part], missing.starts[part], missing.counts[part])
             self._read(seen, columns, missing.states[before : int(ends[following - 1])], None)
             at = following
 

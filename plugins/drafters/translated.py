@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from penstock.core.contract.devices import READS_ALL
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.messages import Forward
@@ -43,6 +44,7 @@ class TranslatedDrafter:
     states = False
     page_bytes = 0
     kv_layout = ""
+    reads = READS_ALL
 
     def __init__(self, config: DraftConfig, parts: Parts, model: Model, alignment: Alignment) -> None:
         facts, attention = model.facts, model.attention
@@ -78,6 +80,10 @@ class TranslatedDrafter:
 
     def place(self, slots: Column) -> None:
         """See Drafter: `begin` sees their tokens."""
+
+    def skip(self, slots: Column) -> None:
+        """See Drafter."""
+        self._contexts.skip(slots)
 
     def begin(self, work: Forward) -> None:
         """See Drafter."""

@@ -57,6 +57,7 @@ def make_runner(settings: SchedulerSettings, *, block: int | None = None, drafts
         num_blocks=settings.num_blocks,
         lookahead=settings.lookahead,
         drafts=drafts,
+        reads=settings.reads,
     )
     config = RunnerConfig(
         model_path="",
@@ -177,11 +178,26 @@ class Ledger:
 
 
 class ChosenWidths(Widths):
-    """Whatever the test says, as far as a step has room."""
+    """Whatever the test says, as far as a step has room; `idle` whenever it says so, and ever due for a trial."""
 
-    def __init__(self, settings: SchedulerSettings, clock: FakeClock, choose: Callable[[int], int] | None) -> None:
+    def __init__(
+        self, settings: SchedulerSettings, clock: FakeClock, choose: Callable[[int], int] | None, idle: Callable[[], bool] | None
+    ) -> None:
         super().__init__(range(1, settings.lookahead + 1), settings.max_num_batched_tokens, clock)
         self._say = choose or (lambda rows: settings.lookahead)
+        self._idle = idle or (lambda: False)
+
+    @property
+    def idle(self) -> bool:
+        return self._idle()
+
+    @property
+    def none(self) -> bool:
+        return self._idle()
+
+    @property
+    def due(self) -> bool:
+        return self._idle()
 
     def choose(self, rows: int) -> int:
         return min(self._say(rows), self.most(rows))
@@ -198,11 +214,15 @@ class EngineSim:
         choose: Callable[[int], int] | None = None,
         drafts: tuple[Any, ...] = ("fair",),
         hosts: Sequence[Any] = (),
+        idle: Callable[[], bool] | None = None,
+        cost: Callable[[Forward, Sample], float] | None = None,
     ) -> None:
-        """`choose(rows)`: the width of the next step; without it always the widest. `drafts`: how drafters on the device guess. `hosts`: those on the host."""
+        """`choose(rows)`: the width of the next step; without it always the widest. `drafts`: how drafters on the device guess. `hosts`: those on the host. `idle`: whether
+        no drafts are thought to be best. With `cost`, what a step takes in seconds, widths are those that are learned."""
         self.settings = settings
         self.clock = clock or FakeClock()
-        widths = ChosenWidths(settings, self.clock, choose) if settings.lookahead else None
+        self.cost = cost
+        widths = ChosenWidths(settings, self.clock, choose, idle) if settings.lookahead and cost is None else None
         self.scheduler = Scheduler(settings, policy or FirstComeFirstServed(), self.clock, widths)
         self.kv = KvManager(settings.num_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
         self.runner = make_runner(settings, drafts=drafts)
@@ -299,9 +319,10 @@ class EngineSim:
             result = self.runner.sample(sample)()
             if self.bad is not None:
                 result = msgspec.structs.replace(result, bad_rows=i32(self.bad(sample)))
-            self.clock.advance(0.01)
+            took = 0.01 if self.cost is None else self.cost(forward, sample)
+            self.clock.advance(took)
             now = self.clock._now
-            result = msgspec.structs.replace(result, finished_ns=now, started_ns=now - 10_000_000)
+            result = msgspec.structs.replace(result, finished_ns=now, started_ns=now - int(took * 1e9))
             self.post(result)
         return steps
 
@@ -526,9 +547,11 @@ def make_sim() -> Callable[..., EngineSim]:
         choose: Callable[[int], int] | None = None,
         drafts: tuple[Any, ...] = ("fair",),
         hosts: Sequence[Any] = (),
+        idle: Callable[[], bool] | None = None,
+        cost: Callable[[Forward, Sample], float] | None = None,
         **changes: Any,
     ) -> EngineSim:
-        return EngineSim(settings_of(**changes), policy, clock, choose, drafts, hosts)
+        return EngineSim(settings_of(**changes), policy, clock, choose, drafts, hosts, idle, cost)
 
     return make
 

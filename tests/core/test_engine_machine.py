@@ -92,6 +92,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             hosts=st.lists(st.sampled_from(["right", "wrong", "long", "short", "none", "raises", "odd"]), max_size=2),
             hosts_first=st.booleans(),
             loose=st.booleans(),
+            reads=st.sampled_from([(), (), (1, 1), (2, 0), (2, 1)]),
+            idle=st.lists(st.booleans(), min_size=1, max_size=5),
             park=st.integers(0, 2),
         )
         def start(
@@ -114,6 +116,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             hosts: list[str],
             hosts_first: bool,
             loose: bool,
+            reads: tuple[int, ...],
+            idle: list[bool],
             park: int,
         ) -> None:
             self.options: dict[str, Any] = {
@@ -132,11 +136,12 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 "clones": clones,
                 "lookahead": lookahead,
                 "loose": loose,
+                "reads": reads[: len(drafts)] if lookahead else (),
                 "park_kv_s": (0.0, 0.03, 5.0)[park],
             }
             self.policy = policies[policy]
-            turns = itertools.cycle(widths)
-            self.drafts = {"choose": lambda rows: min(next(turns), lookahead), "drafts": tuple(drafts)}
+            turns, moods = itertools.cycle(widths), itertools.cycle(idle)
+            self.drafts = {"choose": lambda rows: min(next(turns), lookahead), "drafts": tuple(drafts), "idle": lambda: next(moods)}
             self.tellers = [Teller(kind, self) for kind in hosts]
             self.options["drafters"] = (*hosts, *drafts) if hosts_first else (*drafts, *hosts)
             order = (True,) * len(hosts), (False,) * len(drafts)

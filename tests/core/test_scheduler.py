@@ -849,7 +849,7 @@ def test_columns_of_a_step_are_typed(lookahead: int, make_sim: Make) -> None:
     sim.run()
     assert any(sent.drafted.size for sent in sim.sent) == (lookahead > 0)
     wide = {"seqs", "started_seqs", "preempted_seqs", "prompt_seqs", "drafted_seqs"}
-    narrow = {"reasons", "block_groups", "copy_groups", "pool_kinds", "loose"}
+    narrow = {"reasons", "block_groups", "copy_groups", "pool_kinds", "loose", "place_unread"}
     for message in (*sim.forwards, *sim.samples, *sim.sent):
         for field in msgspec.structs.fields(message):
             value = getattr(message, field.name)

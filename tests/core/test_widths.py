@@ -216,6 +216,20 @@ def looked_at(world: World, steps: int, rows: int = 1) -> int:
     return world.asked - before
 
 
+def test_what_was_learned_of_other_texts_is_forgotten_soon() -> None:
+    """Drafts that were right for long and are no longer cost little, though seldom right; chance alone forgets nothing."""
+    world = World(RATES["good"], compute_bound)
+    for _ in range(40):
+        world.widths.verified(4, [20, 18, 16, 14, 12])
+    assert world.widths.tokens(4) > 3.9
+    for _ in range(30):
+        world.widths.verified(4, [1, 0, 0, 0, 0])
+    assert world.widths.tokens(4) < 2, "by half-lives alone it would be above 3.6"
+    half = World(RATES["half"], memory_bound)
+    half.run(3000, 1)
+    assert sum(half.widths._reached[1:]) > 100
+
+
 def test_while_no_drafts_are_best_steps_are_looked_at_ever_more_rarely() -> None:
     world = World(RATES["none"], small)
     world.run(4000, 1)

@@ -321,6 +321,45 @@ def test_what_fell_out_of_a_ring_costs_drafts_alone(
     assert found
 
 
+@pytest.mark.parametrize("method", ["eagle3", "mtp"])
+def test_who_is_not_read_has_no_drafts_and_costs_nothing(
+    method: str, head: Any, load: Load, folder: Path, make_tensors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside those that are read, whose drafts are as apt as ever; and where nobody is, nothing is tapped, kept or read."""
+    where, own = head(method)
+    named = make_tensors()
+    plain, jobs = jobs_of(5, 20), jobs_of(5, 20)
+    Driver(load(folder, deterministic=True)).run(plain)
+    runner = load(folder, deterministic=True, speculation=asked(method, where))
+    assert runner.reads == (2,)
+    turns = iter([K, 1, 0, 0, K, K, 0, K] * 20)
+    some = Options(lookahead=lambda rng: next(turns), chunk=lambda rng: rng.randint(1, 9), scatter=True, preempt=0.05, seed=6, unread=0.5)
+    found = drafts_of(runner, jobs, some)
+    assert [(job.tokens, job.logprobs, job.prompt_logprobs) for job in jobs] == [
+        (job.tokens, job.logprobs, job.prompt_logprobs) for job in plain
+    ]
+    full = 0
+    for history, drafts in found.items():
+        made = [draft for draft in drafts if draft >= 0]
+        assert made == REFERENCES[method](own, named, list(history))[: len(made)]
+        full += len(made) == K
+    assert full > 5
+    (drafter,) = runner._drafters
+    for name in ("begin", "observe", "propose"):
+        told = getattr(drafter, name)
+        monkeypatch.setattr(
+            drafter,
+            name,
+            lambda work, *rest, told=told, name=name: told(work) if name == "begin" and len(work.block_ids) else pytest.fail(name),
+        )
+    assert {job.unread for job in jobs} == {True, False}
+    jobs = jobs_of(5, 20)
+    nobody = drafts_of(runner, jobs, Options(lookahead=lambda rng: rng.choice([0, K]), unread=1.0))
+    assert [job.tokens for job in jobs] == [job.tokens for job in plain]
+    assert {max(drafts) for drafts in nobody.values()} == {-1}
+    assert runner._launched is None
+
+
 def test_a_program_without_taps_is_composed_where_somebody_looks(
     head: Any, load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,6 +286,35 @@ def test_a_draft_model_changes_no_token(seed: int, load: Load, folder: Path, tmp
         assert driver.accepted >= driver.drafted - 4 * len(apt), name
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_draft_model_reads_late_what_it_has_missed(share: bool, load: Load, folder: Path, tmp_path: Path) -> None:
+    """Sequences that it was not to look at, and prefixes that were computed by such: all of its drafts are right, and no token is another."""
+    plain = jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    runner = load(folder, deterministic=True, speculation=speculation(method="draft_model", model=str(folder), num_speculative_tokens=K))
+    assert runner.reads == (1,)
+    apt = [at for at, name in enumerate(PARAMS) if name in ("greedy", "seeded", "prompt")]
+    for seed in range(3):
+        jobs = jobs_of()
+        unread = Options(lookahead=lambda rng: rng.choice([0, 2, K]), share=share, unread=0.6, late=0.1, preempt=0.05, seed=seed)
+        Driver(runner, unread).run(jobs)
+        assert said(jobs) == said(plain)
+        jobs = [jobs_of()[at] for at in apt]
+        driver = Driver(runner, Options(lookahead=lambda rng: K, share=share, unread=0.6, late=0.2, at_once=2, seed=seed))
+        driver.run(jobs)
+        assert driver.drafted > 20
+        assert driver.accepted >= driver.drafted - 4 * len(apt)
+    prompt = np.arange(40, dtype=np.int32) % VOCAB
+    driver = Driver(runner, Options(lookahead=lambda rng: K, share=share, unread=1.0))
+    driver.run([Job(prompt=prompt, params=PARAMS["greedy"], max_tokens=4)])
+    driver.options = Options(lookahead=lambda rng: K, share=share)
+    later = Job(prompt=prompt, params=PARAMS["greedy"], max_tokens=24)
+    driver.drafted = driver.accepted = 0
+    driver.run([later])
+    assert (later.shared > 0 or driver.cache != {}) == share
+    assert driver.accepted >= driver.drafted - 4 > 10
+
+
 @pytest.mark.parametrize("width", [VOCAB + 31, VOCAB - 31])
 def test_a_draft_model_whose_vocabulary_is_padded_to_another_length(
     width: int, load: Load, folder: Path, tmp_path: Path, make_tensors: Any

@@ -121,3 +121,34 @@ def test_drafts_are_those_of_the_cpu(
     assert len(mine) > 30
     assert [key for key in mine if mine[key] != theirs[key]] == []
     assert runner.counters.replays > 0
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_who_is_not_read_is_in_the_same_graphs(
+    method: str, folder: Path, host_runner: Make, make_head: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside those that are read; and where nobody is, nothing is looked at and prompts have graphs, as without a drafter."""
+    monkeypatch.setattr(runner_module, "LAZY_USES", 1)
+    monkeypatch.setattr(runner_module, "LAZY_PAUSE_S", 0.0)
+    truth = jobs()
+    Driver(host_runner(folder)).run(truth)
+    model = str(folder) if method == "draft_model" else str(make_head(folder, method))
+    one = DraftConfig(method=method, model=model, num_speculative_tokens=K)
+    runner = host_runner(folder, speculation=SpeculationConfig(methods=[one]))
+    runner.warm_up(lambda phase: None)
+    late = 0.2 if method == "draft_model" else 0.0
+    mine = jobs()
+    driver = Driver(
+        runner, Options(lookahead=lambda rng: rng.choice([0, K, K]), chunk=lambda rng: rng.randint(2, 9), unread=0.5, late=late, seed=5)
+    )
+    driver.run(mine)
+    same(mine, truth)
+    assert driver.drafted > 10
+    assert late == 0 or driver.accepted > driver.drafted / 4
+    monkeypatch.setattr(runner, "_look", lambda *seen: pytest.fail("looked at"))
+    replayed, replay = [], runner._replay_mixed
+    monkeypatch.setattr(runner, "_replay_mixed", lambda *step: (replayed.append(1), replay(*step))[1])
+    mine = jobs()
+    Driver(runner, Options(lookahead=lambda rng: rng.choice([0, K]), unread=1.0)).run(mine)
+    same(mine, truth)
+    assert replayed

@@ -18,6 +18,7 @@ from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
 from penstock.plugins.demo_model import brook_path, draft_path
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.drafters.alignment import Alignment
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
 K = 4
@@ -68,6 +69,21 @@ def test_drafts_are_right_as_often_as_words_are_common(answered: Any, tmp_path: 
 def test_brook_behind_other_numbers_is_always_right(answered: Any, tmp_path: Path) -> None:
     _, share = answered(renumbered(brook_path(), tmp_path / "brook"))
     assert share == 1
+
+
+def test_who_is_not_read_is_not_even_translated(prompts: list[I32], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others, whose drafts are as right as ever."""
+    translated: list[int] = []
+    context = Alignment.context
+    monkeypatch.setattr(Alignment, "context", lambda self, tokens, *rest: (translated.append(len(tokens)), context(self, tokens, *rest))[1])
+    runner = load(renumbered(brook_path(), tmp_path / "brook"))
+    assert runner.reads == (2,)
+    jobs = [Job(prompt=prompt, params=SamplingParams(temperature=0.0), max_tokens=20) for prompt in prompts]
+    driver = Driver(runner, Options(lookahead=lambda rng: K, unread=0.5, seed=1))
+    driver.run(jobs)
+    assert translated == [len(job.prompt) for job in jobs if not job.unread]
+    assert 0 < len(translated) < len(jobs)
+    assert driver.accepted == driver.drafted > 10
 
 
 def changed(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:

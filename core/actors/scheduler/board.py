@@ -79,6 +79,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The device takes Forward.loose: with drafts, too, steps are planned while others are in flight."""
     adjusts_ahead: bool = True
     """It can adjust logits by drafts: sequences with penalties or bad words of several tokens have drafts too."""
+    reads: tuple[int, ...] = ()
+    """Of the drafters on the device, what each reads: see Runner.reads. (): nobody can be spared."""
     forecasts: bool = False
     """Who waits is admitted only if all will fit once they have grown: see forecast.py. Else if there are blocks for its prompt."""
     park_kv_s: float = 5.0

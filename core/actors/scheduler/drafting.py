@@ -6,7 +6,8 @@ there since the last step; those of drafters on the host are asked for before a 
 Where the device knows by itself how far a step brought its rows (Forward.loose), the next one is planned while that is under way, from bounds: as if all drafts were
 there, and right. Elsewhere, and for drafters on the host, which have to be told, it is planned when the one before it has landed.
 While there are no drafts, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
-What it does not know: which width is best (widths.py), blocks, what drafts are.
+What it does not know: which width is best (widths.py), whom drafters look at (attendance.py), blocks, what drafts are. It is long because what a step has before it
+and what is learned behind it are about the same columns.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.attendance import Attendance
 from penstock.core.actors.scheduler.hosted import Hosted
-from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
+from penstock.core.actors.scheduler.outline import NO_ROWS, Flight, Outline
 from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.tally import Tally, at_least, counted
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
@@ -51,6 +53,11 @@ class Drafting:
         self.host = Hosted(board, [number for number, here in enumerate(hosted) if here], len(self.watches), self._lose)
         self._device: U8 = np.array([number for number, here in enumerate(hosted) if not here], np.uint8)
         self._all = (1 << len(self.watches)) - 1
+        reads = dict(zip(self._device.tolist(), settings.reads, strict=False))
+        self._attendance: Attendance | None = None
+        """None: no drafter reads anything."""
+        if any(reads.values()):
+            self._attendance = Attendance(board, self._widths, clock, [reads.get(number, 0) for number in range(len(self.watches))])
         self._off = 0
         """As bits: those that are off."""
         self.width = self.drafts = self.chosen = self._wanted = 0
@@ -82,6 +89,23 @@ class Drafting:
         self._on = -1
         """As bits: the drafters that the last step but those at rest was for."""
 
+    # ------------------------------------------------------------------ who is attended
+
+    def enters(self, outline: Outline, slot: int, wish: int) -> None:
+        """A sequence enters a slot: need drafters look at it?"""
+        if self._attendance is None:
+            return
+        if self._attendance.spares(wish):
+            self._board.slots.unread[slot] = True
+            self._board.slots.num_unread += 1
+            outline.unread.add(slot)
+        elif self._attendance.idle:
+            self._rest = 0  # somebody who is to be tried
+
+    def computes_all(self, wish: int, tokens: int) -> bool:
+        """Whether a prompt should be computed whole, whatever of it is in the cache."""
+        return self._attendance is not None and self._attendance.whole(wish, tokens)
+
     # ------------------------------------------------------------------ before a step
 
     def choose(self, rows: Rows) -> None:
@@ -110,7 +134,10 @@ class Drafting:
         willing = count if wishes is None else int(np.count_nonzero(wishes >= 0))
         if willing and self._off != self._all:
             self._widths.mixed = bool(board.prefilling)
-            self.chosen = self._widths.choose(count)
+            if slots.num_unread and self._attendance is not None:
+                self.chosen = self._attendance.choose(rows)
+            else:
+                self.chosen = self._widths.choose(count)
         if not self.chosen and wishes is None:
             self._timed_rest = self._off != self._all
             self._rest = self._widths.rest if self._timed_rest else REST
@@ -213,6 +240,8 @@ class Drafting:
         if not flight.alone and not self._board.settings.loose:
             flight.alone = flight.width > 0 or flight.drafts > 0
         written = self.host.writes(flight, columns) if self.host.numbers else {}
+        if self._attendance is not None and flight.chosen and (slots.num_unread or self._attendance.late):
+            written |= self._attendance.launched(flight)
         self.host.forget()
         if slots.any_drafted and not flight.drafts:  # else those that it brings are in their place before anybody looks
             slots.drafted[flight.rows.index] = 0
@@ -246,9 +275,9 @@ class Drafting:
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
-            self._widths.timed(
-                count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen and not flight.early
-            )
+            steady = chosen == flight.chosen and not (flight.early or flight.partial)
+            told = {"whole": True} if flight.caught else {}
+            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, steady, **told)
         begun, self._before, self._finished_ns = self._finished_ns, kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
@@ -330,7 +359,14 @@ class Drafting:
             if self._board.wishes:
                 auto = right[slots.wish[index] == 0]
                 reached = at_least(np.bincount(np.minimum(auto, flight.chosen)), self._most)
-            if reached[0]:
+            attended = None if self._attendance is None else self._attendance.attended(index)
+            if attended is not None:
+                if self._board.wishes:
+                    attended &= slots.wish[index] == 0
+                reached = at_least(np.bincount(np.minimum(right[attended], flight.chosen)), self._most)
+                if reached[0]:
+                    self._widths.verified(flight.chosen, reached, 1 + float(right.mean()))
+            elif reached[0]:
                 self._widths.verified(flight.chosen, reached)
 
     def _switched(self) -> None:
@@ -338,6 +374,8 @@ class Drafting:
         if self._off & ~off:
             log.info("drafters on trial again: %s", ", ".join(w.name for n, w in enumerate(self.watches) if self._off & ~off & 1 << n))
         self._off = off
+        if self._attendance is not None:
+            self._attendance.off = off
         self._widths.forget()
 
     # ------------------------------------------------------------------ for others to look at

@@ -146,6 +146,10 @@ class Launch:
                 outline.clone(place, other, slot)
             else:
                 outline.place(place, other, prompt)
+            if slots.unread[slot]:
+                slots.unread[place] = True
+                slots.num_unread += 1
+                outline.unread.add(place)
             slots.length[place] += 1
             slots.last_step[place] = board.step
             board.forking[place] = slot

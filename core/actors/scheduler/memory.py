@@ -128,6 +128,8 @@ class Memory:
         request = entry.request
         if not board.caching or request.tells_prompt:
             return 0
+        if board.drafting is not None and board.drafting.computes_all(request.wish, entry.tokens.size):
+            return 0
         return int(entry.tokens.size) - 1
 
     def _take_forks(self, outline: Outline, forks: list[int], granted: Column) -> None:
@@ -192,6 +194,8 @@ class Memory:
         slots.hashed[slot] = cached // board.block
         slots.given[slot] = len(entry.hashes) // HASH_BYTES
         outline.place(slot, lead, entry.tokens)
+        if board.drafting is not None:
+            board.drafting.enters(outline, slot, request.wish)
         board.held.add(lead.seq)
         board.prefilling.append(slot)
         board.prompt_cached += cached

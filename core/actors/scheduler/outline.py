@@ -13,7 +13,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.slots import Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, I32, Column, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, I32, Column, i32, u8
 from penstock.core.protocol.messages import KvGrant, LogprobColumns, MaskRequest, SlotSampling
 
 NO_ROWS: Index = np.empty(0, np.intp)
@@ -44,6 +44,7 @@ class Outline:
         "sources",
         "stalled",
         "started",
+        "unread",
     )
 
     def __init__(self, budget: int) -> None:
@@ -53,6 +54,8 @@ class Outline:
         self.blocks: list[Blocks] = []
         self.copies: list[tuple[Column, Column]] = []
         self.places: list[tuple[int, I32]] = []
+        self.unread: set[int] = set()
+        """Slots of these that drafters need not look at."""
         self.clones: list[tuple[int, int, int]] = []
         """Source slot, target slot, tokens."""
         self.samplings: list[SlotSampling] = []
@@ -101,6 +104,8 @@ class Outline:
             columns["place_slots"] = i32([slot for slot, _ in self.places])
             columns["place_counts"] = i32([t.size for _, t in self.places])
             columns["place_tokens"] = np.concatenate([t for _, t in self.places])
+            if self.unread:
+                columns["place_unread"] = u8([slot in self.unread for slot, _ in self.places])
         if self.clones:
             columns["clone_src"], columns["clone_dst"], columns["clone_lens"] = (i32([c[k] for c in self.clones]) for k in range(3))
         if self.copies:
@@ -125,7 +130,8 @@ class Flight:
     """Row i samples position `positions[i]` of `rows.slots[i]`; where it is `loose` that is known when it lands, and they are the last that it can be. `capped`:
     some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all, `most` in a row; `stood`: of these,
     drafts that turned out to be there; `right`: once it has landed, those that were right, whether they stood or not, and `firsts`: where the tokens of each row begin; `drafts`: how many are made behind it; `chosen`: the width
-    that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
+    that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone; `partial`: of most rows
+    drafters know nothing; `caught`: they read behind it what they had missed of some. `masked`: which rows draw under a mask; `asks`: for which it
     is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing. `beside`: of a step
     with prompts, where there is a pace: rows that decode, the positions they read, the pairs of positions that prompts attend, and the pace's limit."""
 
@@ -139,6 +145,7 @@ class Flight:
             "asks",
             "beside",
             "capped",
+            "caught",
             "chosen",
             "drafted",
             "drafts",
@@ -147,6 +154,7 @@ class Flight:
             "loose",
             "masked",
             "most",
+            "partial",
             "positions",
             "prompts",
             "pure",
@@ -171,6 +179,7 @@ class Flight:
         self.ahead: I32 = EMPTY_I32
         self.stood: I32 = EMPTY_I32
         self.width = self.drafts = self.drafted = self.chosen = self.most = 0
+        self.partial = self.caught = False
         self.pure = self.alone = self.loose = self.asks = self.early = self.resting = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []

@@ -151,6 +151,10 @@ class Slots:
         """Of the sequence, so far: drafts that were verified."""
         self.drafts_right = column()
         """Of these, the right ones."""
+        self.unread = np.zeros(count, bool)
+        """Drafters that read sequences do not look at it: see attendance.py."""
+        self.num_unread = 0
+        """How many of them."""
         self.poisoned = np.zeros(count, bool)
         """Its logits were not numbers: its KV must not be shared."""
         self.stops: I32 = np.full((1, count), -1, np.int32)
@@ -212,6 +216,9 @@ class Slots:
             sequence.slot = -1
         self.holder[slot] = None
         self.phase[slot] = FREE
+        if self.num_unread:
+            self.num_unread -= int(self.unread[slot])
+            self.unread[slot] = False
         for column in (self.computed, self.length, self.known, self.limit, self.capacity, self.hashed, self.given):
             column[slot] = 0
         self.parked[slot] = self.poisoned[slot] = self.solo[slot] = self.grammar[slot] = False

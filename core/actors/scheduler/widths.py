@@ -7,7 +7,8 @@ Trying what is not chosen is rare and cheap: a few steps, only of a width that m
 every width is compared with, so their time is never left to grow old. And what drafts may cost is bounded whatever was learned: a purse has an allowance of
 the time that passes and what drafts gained, every step with drafts that takes longer than its tokens would have taken without is paid out of it, and once it
 is empty there are none.
-What it does not know: sequences, messages, which drafter made a draft, what drafts are.
+What it does not know: sequences, messages, which drafter made a draft, what drafts are. It is long because what is learned, what is expected of it and what is chosen are the same few
+numbers, each of which says why it is what it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ FIRST_GUESS = 0.6
 """How often a draft is right, before anything is known."""
 FIRST_WEIGHT = 8.0
 """As if so many had been seen. What was seen long ago, without drafts since, counts for no more either."""
+LATELY, CHANGED = 12.0, 0.4
+"""Rows after which half of what was right lately is forgotten; if the first drafts of these are right by so much more or less often than was learned, other texts have come, and what was learned counts for
+as little as what was seen long ago."""
 NEXT_WEIGHT = 4.0
 """A place of which little is known is as the one before: as if so many had been seen."""
 MEMORY = 192.0
@@ -102,6 +106,8 @@ class Widths:
         self._hold, self._held, self._unchanged = 0, (0, 0), 0
         """So many steps more it stays, for steps of that size."""
         self._trial, self._trial_left = 0, 0
+        self._settled = False
+        """No drafts were the best for a while, once."""
         self._interval, self._since = FIRST_INTERVAL, 0
         self._pause_ns, self._retry_ns = FIRST_RETRY_NS, 0
         self._steps = 0
@@ -110,26 +116,31 @@ class Widths:
         self._oldest = True
         """Whether the last trial from no drafts was of what was measured longest ago: else of what promised most. They take turns."""
         self._purse, self._spent = PURSE, False
+        self.able = True
+        """Whether drafts can be made for those in the next step: of sequences that a drafter had to see from their beginning it may know nothing (attendance.py)."""
         self.behind = 0
         """Steps that are planned before the first one of a trial has landed: no drafts stand for them yet."""
         self._made = 1.0
         """Tokens of a row in the step that was verified last."""
+        self._lately = 0.0, 0.0
+        """Of the last rows: how many there were, and how many of their first drafts were right."""
         self.rest = 0
         """Behind a choice of none: so many steps more have none, which nobody needs to ask for or to time. Afterwards `rested` says how many there were."""
         self.forget()
 
     # ------------------------------------------------------------------ what is learned
 
-    def timed(self, rows: int, width: int, ns: int, mixed: bool = False, steady: bool = True) -> None:
+    def timed(self, rows: int, width: int, ns: int, mixed: bool = False, steady: bool = True, whole: bool = False) -> None:
         """From the end of the step before to the end of this one it took so long, drafting and waiting for the host included. `mixed`: prompts were computed
-        beside. `steady`: the one before was like it; else it is paid for, but says nothing of its width."""
+        beside. `steady`: the one before was like it; else it is paid for, but says nothing of its width. `whole`: it took so long for the
+        drafts' sake (a drafter had to read what it had missed), and all of it is paid for; else what takes much too long is a hiccup."""
         made, self._made = self._made, 1.0
         times = self._times.setdefault(_size(rows, mixed), {})
         known, none = times.get(width), times.get(0)
         usual = known if known is not None and known[1] >= ENOUGH else none
         taken = float(ns) if usual is None or usual[1] < ENOUGH else min(float(ns), 3 * usual[0])
         if not mixed and none is not None and none[1] >= ENOUGH:
-            self._pay(width, taken / none[0], made)
+            self._pay(width, (ns if whole else taken) / none[0], made)
         if not steady:
             return
         if known is None:
@@ -157,22 +168,29 @@ class Widths:
         if self._spent:
             self._spent = self._purse < PURSE
         elif self._purse <= 0:
-            self._spent = True
+            self._spent = self._settled = True
             self._trial_left = self._hold = 0
 
-    def verified(self, width: int, accepted: Sequence[int]) -> None:
+    def verified(self, width: int, accepted: Sequence[int], made: float | None = None) -> None:
         """Of `accepted[0]` rows of a step of that width, `accepted[j]` had their first j drafts right. Rows without drafts count: that there are none is a part
-        of how often they are right."""
+        of how often they are right. `made`: tokens of a row, where these were not all rows of the step."""
         fade = 0.5 ** (accepted[0] / MEMORY)
-        self._made = sum(accepted) / max(accepted[0], 1)
+        self._made = sum(accepted) / max(accepted[0], 1) if made is None else made
         for place in range(1, width + 1):
             self._reached[place] = self._reached[place] * fade + accepted[place - 1]
             self._right[place] = self._right[place] * fade + accepted[place]
+        if accepted[0]:
+            fade = 0.5 ** (accepted[0] / LATELY)
+            self._lately = self._lately[0] * fade + accepted[0], self._lately[1] * fade + accepted[1]
+            rate = self._lately[1] / self._lately[0]
+            if self._lately[0] >= LATELY and abs(rate - self._right[1] / self._reached[1]) > CHANGED:
+                self._fade()
 
     def forget(self) -> None:
         """Other drafters from now on: what was learned of their drafts no longer holds."""
         self._reached = [FIRST_WEIGHT if place == 1 else 0.0 for place in range(self._most + 1)]
         self._right = [FIRST_GUESS * reached for reached in self._reached]
+        self._lately = 0.0, 0.0
         self._retry_ns = 0
 
     # ------------------------------------------------------------------ what is expected
@@ -214,6 +232,26 @@ class Widths:
 
     # ------------------------------------------------------------------ the choice
 
+    @property
+    def idle(self) -> bool:
+        """No drafts are best, and have been for a while; or there is nothing to spend."""
+        return self._spent or (self._current == 0 and self._unchanged >= SETTLED)
+
+    @property
+    def none(self) -> bool:
+        """No drafts are best now, and once were for a while: sooner than `idle`, for those to whom it is no loss to be told late of the contrary."""
+        return self._spent or (self._current == 0 and self._settled)
+
+    @property
+    def pays(self) -> bool:
+        """Some drafts are best."""
+        return self._current > 0
+
+    @property
+    def due(self) -> bool:
+        """It is time to try some again."""
+        return not self._spent and self._current == 0 and not self._trial_left and self._clock.now_ns() >= self._retry_ns
+
     def most(self, rows: int) -> int:
         """The widest that a step of so many rows has room for."""
         return next(width for width in reversed(self._ladder) if rows * (1 + width) <= self._budget or width == 0)
@@ -227,6 +265,11 @@ class Widths:
         self._steps += 1
         if self._spent:
             self._current, self.rest = 0, min(REST_SPENT, max(REST, int((PURSE - self._purse) / ALLOWANCE)))
+            return 0
+        if not self.able:
+            self._trial_left = self._hold = 0
+            self._unchanged += 0 if self._current else 1
+            self.rest = 0 if self._current else min(REST_SETTLED, REST * max(1, self._unchanged // SETTLED))
             return 0
         if self._trial_left:
             self._trial_left -= 1
@@ -272,6 +315,7 @@ class Widths:
             return self._start(self._longest_ago(size, able[1:]) if self._oldest else max(able[1:], key=lambda width: speeds[width]))
         self._unchanged += 1
         if current == 0 and self._unchanged >= SETTLED:
+            self._settled = True
             self.rest = self._resting(known.get(0, 0.0))
         else:
             self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
