@@ -38,7 +38,7 @@ LONG = 4.0
 """Such a step takes at most so many limits where one is stated; else the whole budget of tokens."""
 PURSE = 12
 """So many of them may follow each other, when there was none for long."""
-SHARE = 1 / 24
+SHARE = 1 / 26
 """Of the steps of a mean answer: within so many what waits is computed, where nothing is stated."""
 FADE = 0.25
 """So much of its surplus a rate loses within these steps, once less waits: slowly, so that the last of a prompt is not computed in ever smaller parts."""
