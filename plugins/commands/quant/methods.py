@@ -107,9 +107,10 @@ def gptq_of(word: str) -> Method:
 
 
 def loss(found: Tensor, meant: Tensor, h: Tensor) -> float:
-    """Sum of squares of what outputs lose, for inputs with the Gram matrix h: trace(d h d^T)."""
-    d = found.double() - meant.double()
-    return float(((d @ h) * d).sum())
+    """Sum of squares of what outputs lose, for inputs with the Gram matrix h: trace(d h d^T). The product is in single precision, half the time of a double one and far finer
+    than the difference between two powers."""
+    d = found.float() - meant.float()
+    return float(((d @ h.float()) * d).sum(dtype=torch.float64))
 
 
 def narrowed(weight: Tensor, h: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantised:
@@ -144,7 +145,7 @@ def awq(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, norm: Tensor | Non
         lost = 0.0
         for weight in weights:
             wide = weight.double() * by
-            lost += loss(dequantise(quantise(wide.float(), scheme, scale_dtype)).double() / by, weight, h)
+            lost += loss(dequantise(quantise(wide.float(), scheme, scale_dtype)) / by.float(), weight, h)
         if best is None or lost < best[0]:
             best = lost, by, other
     assert best is not None  # the power 0 is always finite
