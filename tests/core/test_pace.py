@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from penstock.core.actors.kv import KvManager
+from penstock.core.actors.scheduler import waiting as room
 from penstock.core.actors.scheduler.board import SchedulerSettings
-from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, PURSE, Pace, StepTimes
+from penstock.core.actors.scheduler.pace import ENOUGH, LEAST, PURSE, TURN, Needs, Pace, StepTimes
 from penstock.core.actors.scheduler.scheduler import Scheduler
 from penstock.core.contract.fake_device import FakeDevice
 from penstock.core.processes.engine import Engine
@@ -115,14 +116,14 @@ class Load:
                 self.ended += reason != 0
             self.preempted += out.preempted_seqs.size
 
-    def admit(self, prompt: I32, answer: int, **sampling: Any) -> None:
+    def admit(self, prompt: I32, answer: int, priority: int = 0, **sampling: Any) -> None:
         self.keys += 1
         self.arrived[seq_of(self.keys, 0)] = now = self.clock.now_ns()
         params = SamplingParams(temperature=0, **sampling)
         self.post(
             Admit(
                 key=self.keys, incarnation=1, prompt=prompt, hashes=b"", root_hash=b"0" * 16, choices=i32([0]), sampling=params,
-                max_tokens=answer, eos=i32([]), arrival_ns=now,
+                max_tokens=answer, eos=i32([]), arrival_ns=now, priority=priority,
             )
         )  # fmt: skip
 
@@ -201,6 +202,17 @@ def test_arrivals_at_random_leave_the_gaps_between_tokens_even(cost: Any, rate: 
     assert paced.gap(0.95, steady) <= 1.3 * paced.gap(0.5, steady)
     assert free.gap(0.95, steady) > 1.5 * free.gap(0.5, steady), "without a pace they are not"
     assert paced.speed > 0.99 * free.speed
+    assert np.median(paced.firsts) < 1.55 * np.median(free.firsts)
+    assert np.quantile(paced.firsts, 0.95) < 2.7 * np.quantile(free.firsts, 0.95)
+
+
+def test_first_tokens_wait_for_no_more_than_their_own_prompt() -> None:
+    """At 38 requests/s, where they waited nearly three times as long while prompts were computed in order."""
+    load = poisson(38.0, 20, 1)
+    free, paced = Load(max_num_seqs=512).run(load), Load(max_num_seqs=512, **PACED).run(load)
+    assert np.median(paced.firsts) < 1.4 * np.median(free.firsts)
+    free, paced = Load(kneed, max_num_seqs=512).run(load), Load(kneed, max_num_seqs=512, **PACED).run(load)
+    assert np.median(paced.firsts) < 1.02 * np.median(free.firsts), "where prompts cost nothing up to a knee it is none at all"
 
 
 @pytest.mark.parametrize("budget", [2048, 8192])
@@ -213,7 +225,7 @@ def test_a_closed_loop_loses_no_throughput(cost: Any, budget: int, warm: bool) -
         load.closed(8, 40 if warm else 0, 700, 40)
         load.restart()
         load.closed(64, 256, 1024, 256)
-    assert paced.speed > 0.98 * free.speed
+    assert paced.speed > 0.99 * free.speed
     assert paced.gap(0.95) < 1.02 * free.gap(0.95)
 
 
@@ -221,7 +233,7 @@ def test_a_burst_loses_no_throughput() -> None:
     rng = random.Random(3)
     load = [(0.0, drawn(rng, 120, 1.0, 1024), drawn(rng, 160, 0.8, 512)) for _ in range(1000)]
     free, paced = Load(max_num_seqs=256).run(load), Load(max_num_seqs=256, **PACED).run(load)
-    assert paced.speed > 0.98 * free.speed
+    assert paced.speed > 0.99 * free.speed
     assert paced.gap(0.95) < free.gap(0.95)
 
 
@@ -229,7 +241,7 @@ def test_a_burst_loses_no_throughput() -> None:
 def test_long_prompts_at_once_neither_starve_nor_are_starved(answer: int) -> None:
     load = [(0.0, 200, 300)] * 32 + [(1.0, 7000, answer)] * 4
     free, paced = Load(**FREE).run(load), Load(**PACED).run(load)
-    assert paced.speed > 0.97 * free.speed
+    assert paced.speed > 0.99 * free.speed
     assert max(paced.firsts) < 1.3 * max(free.firsts)
     whole = linear(2048, 32 * 8192, 2048 * 8192) / 1e6
     assert max(paced.gaps) < 1.1 * whole, "no gap is longer than a step of the whole budget"
@@ -248,6 +260,82 @@ def test_a_prompt_that_comes_alone_is_computed_at_once() -> None:
     load = [(0.0, 100, 400)] * 8 + [(0.6 * n + 0.5, 900, 8) for n in range(5)]
     paced = Load(**PACED).run(load)
     assert paced.beside.count(900) >= 3, "nobody but a few rows waited longer, and seldom"
+
+
+def busy(**changes: Any) -> Load:
+    """Sixteen that decode, step times that are known, and no long step left."""
+    load = Load(**{"max_num_seqs": 32, "itl_target_ns": 12_000_000, "prefill_knee": 256, **changes})
+    load.run([(0.05 * n, 300, 40) for n in range(ENOUGH + 4)])
+    for _ in range(16):
+        load.admit(np.arange(2, 50, dtype=np.int32), 4000)
+    for _ in range(8):
+        load.finish()
+    pace = load.scheduler._board.pace
+    assert pace is not None
+    assert pace.times.known
+    pace._purse = -float(PURSE)
+    load.restart()
+    return load
+
+
+def first_token(load: Load, key: int, steps: int = 400) -> int:
+    """Steps until it has one."""
+    seq = seq_of(key, 0)
+    return next(step for step in range(steps) if load.finish() is None and seq in load.last)
+
+
+def test_short_prompts_do_not_wait_for_a_long_one_nor_for_the_next() -> None:
+    load = busy()
+    for size in (6000, 5000, 90):
+        load.admit(np.arange(2, size + 2, dtype=np.int32), 4)
+    long, short = load.keys - 2, load.keys
+    assert first_token(load, short) <= 3
+    assert seq_of(long, 0) not in load.last
+    assert first_token(load, long) > 20, "the other one is still being computed by then"
+
+
+def test_a_long_prompt_comes_to_its_end_among_short_ones() -> None:
+    """However many there are: now and then it goes first. And those of less priority do not go before it at all."""
+    load = busy()
+    load.admit(np.arange(2, 1502, dtype=np.int32), 4)
+    long = load.keys
+    for step in range(80):
+        for size in (95, 96, 97):  # two take nearly all that there is room for
+            load.admit(np.arange(step + 2, step + 2 + size, dtype=np.int32), 1)
+        load.finish()
+        if seq_of(long, 0) in load.last:
+            break
+    assert seq_of(long, 0) in load.last
+    patient = busy()
+    for priority, size in ((0, 4000), (0, 3000), (5, 90)):
+        patient.admit(np.arange(2, size + 2, dtype=np.int32), 4, priority=priority)
+    assert first_token(patient, patient.keys) > 20
+
+
+def test_the_strictest_of_those_that_run_sets_the_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has a goal of their own yet; where one will be said, it is obeyed as long as its request runs."""
+    monkeypatch.setattr(room, "itl_goal_ns", lambda admit: {3: 9_000_000, 5: 30_000_000}.get(admit.priority, 0))
+    load = busy(itl_target_ns=0)
+    board = load.scheduler._board
+
+    def limit() -> float:
+        load.admit(np.arange(2, 902, dtype=np.int32), 1)
+        load.finish()
+        assert board.pace is not None
+        return board.pace.limit_ns
+
+    assert limit() not in (9e6, 30e6)
+    load.admit(np.arange(2, 40, dtype=np.int32), 60, priority=5)
+    load.admit(np.arange(2, 40, dtype=np.int32), 20, priority=3)
+    for _ in range(6):
+        load.finish()
+    assert limit() == 9e6
+    for _ in range(24):
+        load.finish()
+    assert limit() == 30e6
+    for _ in range(60):
+        load.finish()
+    assert limit() not in (9e6, 30e6)
 
 
 def test_preempted_sequences_and_prompt_logprobs_keep_the_pace() -> None:
@@ -295,17 +383,64 @@ def test_a_hiccup_says_little_and_no_rate_is_negative() -> None:
     assert min(falling._rates) >= 0
 
 
-def test_nothing_is_bounded_before_times_are_known() -> None:
-    pace = Pace(0, 256)
-    assert pace.choose(4, 400, 5000, 0, 2048) == 2048
+def ready(target_ns: float = 0, steps: int = 400) -> Pace:
+    """A pace that has seen decodes of 4 rows, alone and with prompts, and has no long step left."""
+    pace = Pace(target_ns, 256)
     for _ in range(ENOUGH + 8):
         pace.times.learn(4, 400, 0, False, round(linear(4, 400, 0)))
         pace.times.learn(104, 400, 5000, True, round(linear(104, 400, 5000)))
-    assert pace.choose(4, 400, 100, 0, 2048) == 2048, "few took longer yet"
-    pace.choose(4, 400, 100, 0, 2048)
-    for _ in range(PURSE + 1):
+    for _ in range(steps):
+        pace.rested(round(linear(4, 400, 0)))
+    pace._purse = 0.0
+    return pace
+
+
+def waits(*ahead: int, begun: tuple[int, ...] = ()) -> Needs:
+    return Needs(list(begun), list(ahead), sum(ahead) + sum(begun), 0)
+
+
+def test_nothing_is_bounded_before_times_are_known() -> None:
+    assert Pace(0, 256).choose(4, 400, waits(5000), 2048) == (2048, 0, 0)
+    assert LEAST <= ready().choose(4, 400, waits(5000), 2048).tokens < 2048
+
+
+def test_long_steps_are_kept_for_what_has_piled_up() -> None:
+    pace = ready()
+    room = pace.choose(4, 400, waits(100), 2048).small
+    for left, waiting, at_once in ((0, 2000, False), (1, 4 * room, False), (1, 12 * room, True), (PURSE, room + 1, True)):
+        pace._purse = float(left)
+        assert (pace.choose(4, 400, waits(waiting), 2048).tokens == 2048) == at_once
+    pace._purse = 1.0
+    for _ in range(3):
+        pace.choose(4, 400, waits(100), 2048)
         pace.beside(60_000_000, pace.limit_ns)
-    assert LEAST <= pace.choose(4, 400, 100, 0, 2048) < 2048
+    assert -2 < pace._purse < -1.8
+
+
+def test_what_is_kept_for_short_prompts() -> None:
+    pace = ready()
+    room = pace.choose(4, 400, waits(10), 2048).small
+    assert 60 < room < 100, "what 1.28 times 5.6 ms leave"
+    assert pace.choose(4, 400, waits(20, begun=(900,)), 2048).kept == 20
+    share = pace.choose(4, 400, waits(40, 1000, 40, 40), 2048)
+    assert share.kept == 80 <= share.tokens, "as many as fit whole, in order"
+    turns = [pace.choose(4, 400, waits(room, *[room] * 9, begun=(90,)), 2048).kept for _ in range(2 * TURN)]
+    assert pace._rate > room, "much waits, so that there is something for everybody"
+    assert all(turns)
+    stated = ready(7_400_000)
+    assert [stated.choose(4, 400, waits(room - 1, begun=(9000,)), 2048).kept > 0 for _ in range(2 * TURN)].count(False) == 2
+
+
+def test_the_median_follows_slowly() -> None:
+    pace = ready()
+    usual = pace._usual
+    assert usual == pytest.approx(linear(4, 400, 0), rel=0.01)
+    for ns in (60_000_000, 1_000) * 50:
+        pace.rested(ns)
+    assert pace._usual == pytest.approx(usual, rel=0.001)
+    for _ in range(800):
+        pace.rested(20_000_000)
+    assert 1.3 * usual < pace._usual < 1.7 * usual
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class Landing:
             if rows:
                 pace.beside(ns, limit_ns)
         elif flight.rows.slots.size:
-            pace.rested()
+            pace.rested(ns)
             if pace.due():
                 pace.times.learn(flight.tokens, int(flight.positions.sum()), 0, False, ns)
 

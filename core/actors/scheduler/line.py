@@ -1,7 +1,8 @@
 """Who takes part in the next step.
 
 What it is: within a budget of tokens: one token of each running sequence first, then chunks of prompts that are being computed, then whoever
-waits, in the policy's order. A prompt token whose log-probability is wanted takes as much of the budget as it costs, so that steps with such tokens
+waits, in the policy's order. Beside decodes the pace says how much of it prompts get, and what of that is kept for short ones: then a long prompt that would get
+nothing now is passed by short ones that are not of less priority. A prompt token whose log-probability is wanted takes as much of the budget as it costs, so that steps with such tokens
 take those who decode beside them no longer than others.
 What it does not know: blocks, launches.
 """
@@ -16,12 +17,15 @@ from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.forecast import Outlook
 from penstock.core.actors.scheduler.outline import Outline
-from penstock.core.actors.scheduler.pace import Pace
+from penstock.core.actors.scheduler.pace import Needs, Pace
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Entry
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import PaceStats
+
+LOOKED_AT = 64
+"""So many who wait are asked whether they are short: more do not begin in one step."""
 
 
 class Line:
@@ -66,30 +70,36 @@ class Line:
             outline.rows = rows
             outline.budget -= rows.tokens
             if board.pace is not None:
-                outline.budget = min(outline.budget, self._paced(board.pace, rows, outline.budget))
+                self._paced(board.pace, rows, outline)
             if board.settings.mixed_prefill_tokens:
                 outline.budget = min(outline.budget, board.settings.mixed_prefill_tokens)
 
-    def _paced(self, pace: Pace, rows: Rows, budget: int) -> int:
+    def _paced(self, pace: Pace, rows: Rows, outline: Outline) -> None:
         """Prompt tokens beside these rows. Of those who wait only as many count as there are free slots for."""
         board = self._board
-        slots = board.slots
-        tokens = float(sum(int(slots.length[slot] - slots.computed[slot]) for slot in board.prefilling))
-        if len(board.waiting):
-            count, asked = board.waiting.demand(parked=board.parked_live > 0)
+        slots, waiting = board.slots, board.waiting
+        begun = [int(slots.length[slot] - slots.computed[slot]) for slot in board.prefilling]
+        ahead: list[int] = []
+        tokens = float(sum(begun))
+        if len(waiting):
+            count, asked = waiting.demand(parked=board.parked_live > 0)
             tokens += asked * board.uncached * min(1.0, len(slots.free) / max(count, 1))
+            if slots.free and not board.blocked:
+                outline.order = self._order()
+                ahead = [math.ceil(entry.uncached * board.uncached) for entry in outline.order[: min(len(slots.free), LOOKED_AT)]]
         before = int(slots.computed[board.prefilling[0]]) if board.prefilling else 0
-        most = pace.choose(rows.tokens, int(rows.starts.sum()), math.ceil(tokens), before, budget)
+        needs = Needs(begun, ahead, math.ceil(tokens), before)
+        share = pace.choose(rows.tokens, int(rows.starts.sum()), needs, outline.budget, slots.goal(rows.index))
+        outline.budget, outline.kept, outline.small = share
         if tokens:
-            board.paced = PaceStats(limit_ns=round(pace.limit_ns), prompt_tokens=most)
-        return most
+            board.paced = PaceStats(limit_ns=round(pace.limit_ns), prompt_tokens=share.tokens)
 
     def take_chunks(self, outline: Outline) -> None:
-        """Prompts that are being computed, first admitted first."""
+        """Prompts that are being computed, first admitted first; what is kept for short ones, long ones leave."""
         board = self._board
         outline.prefill_turn, board.prefill_turn = board.prefill_turn, False
-        for slot in board.prefilling:
-            if not self.take_chunk(outline, slot):
+        for slot in list(board.prefilling):
+            if not self.take_chunk(outline, slot) and not outline.kept:
                 break
 
     def take_chunk(self, outline: Outline, slot: int) -> bool:
@@ -99,6 +109,10 @@ class Line:
         holder = board.slots.holder[slot]
         weight = self._weight if holder is not None and holder.request.tells_prompt else 1.0
         most = outline.budget
+        if left > outline.small:
+            most -= min(most, outline.kept)
+        else:
+            outline.kept -= min(outline.kept, left)
         if weight > 1.0:
             most = min(most, max(1, int(most / weight)))  # one at least, however little is left: a prompt must come to its end
         count = min(left, most)
@@ -111,6 +125,10 @@ class Line:
         outline.budget -= min(outline.budget, math.ceil(count * weight))
         return True
 
+    def _order(self) -> list[Entry]:
+        board = self._board
+        return [entry for entry in board.waiting.ordered(board.clock.now_ns()) if not entry.request.parked]
+
     def may_admit(self) -> bool:
         """Is it worth looking at who waits?"""
         board = self._board
@@ -121,7 +139,7 @@ class Line:
         board = self._board
         if outline.budget <= 0 or not self.may_admit():
             return [], 0
-        entries = [e for e in board.waiting.ordered(board.clock.now_ns()) if not e.request.parked]
+        entries = outline.order or self._order()
         if not entries:
             return [], 0
         need = 1 if entries[0].request.group is None else len(entries[0].seqs)
@@ -135,13 +153,15 @@ class Line:
         promised = sum(len(holder.attached) for slot in board.prefilling if (holder := board.slots.holder[slot]) is not None)
         return len(board.slots.free) - promised
 
-    def next_entries(self, entries: list[Entry], budget: int, room: int) -> list[Entry]:
-        """Take from the head of the line what this step can probably start."""
+    def next_entries(self, entries: list[Entry], outline: Outline, room: int) -> list[Entry]:
+        """Take from the head of the line what this step can probably start; `entries` keeps the others."""
         if not entries:
             return []
         board = self._board
-        count, tokens = 0, 0.0
+        budget, kept = outline.budget, outline.kept
+        reached, tokens = 0, 0.0
         taken: list[Entry] = []
+        passed: list[Entry] = []
         outlook = None
         if board.forecast is not None:
             used, _, total, _, _, quarantined = board.kv
@@ -151,18 +171,29 @@ class Line:
                 break
             if entry.request.group is not None and room < len(entry.seqs):
                 break  # all of its beams or none; nobody overtakes
+            share = self._weight if entry.request.tells_prompt else board.uncached  # of those the cache is not asked
+            wanted = max(1.0, entry.uncached * share)
+            if wanted > outline.small:
+                wanted = min(wanted, budget - tokens - kept)
+                if wanted <= 0:  # it would hold memory and get no further: one that was here before is still being computed
+                    passed.append(entry)
+                    reached += 1
+                    continue
+            elif passed and entry.request.priority > passed[0].request.priority:
+                break
+            else:
+                kept -= min(kept, math.ceil(wanted))
             if outlook is not None and not self._will_fit(outlook, entry):
                 board.blocked = True
                 break
-            count += 1
+            reached += 1
             starting = entry.seqs[:1] if entry.request.group is None else entry.seqs
             if any(sequence.seq in board.held for sequence in starting):  # an earlier life of it is still in flight
                 continue
             room -= len(entry.seqs)
-            share = self._weight if entry.request.tells_prompt else board.uncached  # of those the cache is not asked
-            tokens += max(1.0, entry.tokens.size * share)
+            tokens += wanted
             taken.append(entry)
-        del entries[:count]
+        entries[:reached] = passed
         return taken
 
     def _will_fit(self, outlook: Outlook, entry: Entry) -> bool:

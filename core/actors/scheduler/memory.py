@@ -215,7 +215,7 @@ class Memory:
             room = self._line.room()
             if outline.full or self._board.blocked or not entries or outline.budget <= 0 or room <= 0:
                 return
-            asked = self._line.next_entries(entries, outline.budget, room)
+            asked = self._line.next_entries(entries, outline, room)
             if asked:
                 yield from self.ask(outline, NOBODY, asked)
 

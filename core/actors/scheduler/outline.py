@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from penstock.core.actors.scheduler.slots import Index, Rows, Slots
-from penstock.core.actors.scheduler.waiting import Request, Sequence
+from penstock.core.actors.scheduler.waiting import Entry, Request, Sequence
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, I32, Column, i32, u8
 from penstock.core.protocol.messages import KvGrant, LogprobColumns, MaskRequest, SlotSampling
 
@@ -36,11 +36,14 @@ class Outline:
         "copies",
         "forked",
         "full",
+        "kept",
+        "order",
         "places",
         "prefill_turn",
         "rows",
         "samplings",
         "short",
+        "small",
         "sources",
         "stalled",
         "started",
@@ -49,6 +52,10 @@ class Outline:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.kept = self.small = 0
+        """Of the budget, for prompts with at most `small` tokens to go: see Share."""
+        self.order: list[Entry] | None = None
+        """Who waits, where somebody looked already."""
         self.rows: Rows | None = None
         self.chunks: list[tuple[int, int, int]] = []
         self.blocks: list[Blocks] = []

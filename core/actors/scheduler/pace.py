@@ -1,23 +1,36 @@
 """How many prompt tokens a step that also decodes may have: what a latency objective leaves, by step times that were measured.
 
 What it is: `StepTimes`, which learns how long steps take by what is in them, and `Pace`, which chooses from it. A step that decodes should not take longer than
-a limit: the one that was stated (`--itl-target-ms`), or STRETCH times what it would take without prompts. That is meant of nearly all steps, not of every one:
-where few others were over it, a step may take several times the limit, so that a prompt that comes alone is computed at once. And without a stated limit
-prompts do not wait for ever: what waits is worked off within a small share of the steps that answers take, or slots would stand empty. Both are pure:
-numbers in, numbers out.
+a limit: the one that was stated (`--itl-target-ms`, or a goal of one of those that decode), or STRETCH times the median of all steps that decode. That is meant
+of nearly all steps, not of every one: where few others were over it, one may take several times the limit, so that a prompt that comes alone is computed
+at once, and so is whatever has piled up. Within the limit short prompts are computed whole and first; long ones in what that leaves, and every so often they go first.
+And without a stated limit prompts do not wait for ever: what waits is worked off within a small share of the steps that answers take, or slots would stand
+empty. All of it is pure: numbers in, numbers out.
 What it does not know: sequences, messages, blocks, whose prompts these are.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-STRETCH = 1.2
-"""A step with prompts may take so much longer than one without, where nothing is stated."""
-ALLOWED = 0.035
+STRETCH = 1.28
+"""A step with prompts may take so much longer than half of all do, where nothing is stated."""
+LOOSEST = 1.1
+"""And so much longer than it takes without prompts, at least: while the median follows a load that grew."""
+FOLLOWED = 1 / 1000
+"""By half of this share of itself the median goes up or down with a step. Slowly: who asks how even steps are looks at minutes, not at moments."""
+PIECES = 4.0
+"""A long prompt is computed in about so many steps, as far as the limit lets it: the slower, the more even steps are, and the later its first token."""
+TURN = 8
+"""After so many steps in which short prompts left nothing to long ones these go first."""
+FLUSH = 8.0
+"""What waits for so many steps more is worth the last long step that is left; of many left one is taken for less."""
+ALLOWED = 0.03
 """Of the steps that decode, so many may take longer than the limit: less than the one in twenty that a P95 leaves."""
 MARGIN = 0.95
 """Of a stated limit: what a step is planned to take, since what it takes is not known exactly."""
@@ -25,7 +38,7 @@ LONG = 4.0
 """Such a step takes at most so many limits where one is stated; else the whole budget of tokens."""
 PURSE = 12
 """So many of them may follow each other, when there was none for long."""
-SHARE = 1 / 20
+SHARE = 1 / 26
 """Of the steps of a mean answer: within so many what waits is computed, where nothing is stated."""
 FADE = 0.25
 """So much of its surplus a rate loses within these steps, once less waits: slowly, so that the last of a prompt is not computed in ever smaller parts."""
@@ -119,6 +132,41 @@ class StepTimes:
         self._rates = (rates * _UNIT).tolist()
 
 
+class Needs:
+    """Prompt tokens that wait: `begun` of each prompt that is being computed, `ahead` of each that may be admitted, in order; `waiting` of all for whom there
+    are slots; the first prompt stands behind `before` tokens of its own."""
+
+    __slots__ = ("ahead", "before", "begun", "waiting")
+
+    def __init__(self, begun: list[int], ahead: list[int], waiting: int, before: int) -> None:
+        self.begun = begun
+        self.ahead = ahead
+        self.waiting = waiting
+        self.before = before
+
+    def shorts(self, room: float) -> int:
+        """Tokens of those that fit into `room` together with the ones before."""
+        kept = 0
+        for count in itertools.chain(self.begun, self.ahead):
+            if kept + count <= room:
+                kept += count
+            elif count <= room:
+                break
+        return kept
+
+    def long(self, room: float) -> int:
+        """Tokens of the first that does not fit; 0: all do."""
+        return next((count for count in itertools.chain(self.begun, self.ahead) if count > room), 0)
+
+
+class Share(NamedTuple):
+    """Of a step's tokens, for prompts: `tokens` in all, `kept` of them for short ones (at most `small` tokens to go), whoever stands before them."""
+
+    tokens: int
+    kept: int = 0
+    small: int = 0
+
+
 class Pace:
     """`target_ns`: of a step, stated; 0: none is. `knee`: see StepTimes; 0: it is not known."""
 
@@ -127,10 +175,15 @@ class Pace:
         self.times = StepTimes(knee)
         self.limit_ns = target_ns
         """Of the step that was planned last with prompts that waited."""
+        self._usual = 0.0
+        """The median of steps that decode, in ns."""
+        self._steps = 0
         self._answer = FIRST_ANSWER
         self._answers = 1.0
         self._purse = float(PURSE)
         """Steps that may take longer; below zero: there were more. Steps, not rows: so that those in which a crowd begins are not the dearer the more of it runs."""
+        self._passed = 0
+        """Steps, one after the other, in which long prompts got nothing."""
         self._skipped = 0
         self._rate = 0.0
         """Prompt tokens of a step that are due, where nothing is stated."""
@@ -145,13 +198,16 @@ class Pace:
         self._skipped = 0
         return True
 
-    def rested(self) -> None:
-        """A step that decoded had no prompts."""
+    def rested(self, ns: int) -> None:
+        """A step that decoded had no prompts, and took so long."""
         self._purse = min(self._purse + ALLOWED, PURSE)
+        self._steps += 1
+        part = max(FOLLOWED, 1 / self._steps)
+        self._usual = self._usual * (1 + part * (0.5 if ns > self._usual else -0.5)) if self._usual else float(ns)
 
     def beside(self, ns: int, limit_ns: float) -> None:
         """A step that decoded had prompts, and took so long, where it should not have taken longer than that limit."""
-        self.rested()
+        self.rested(ns)
         if ns > limit_ns > 0:
             self._purse = max(self._purse - 1, -PURSE)
 
@@ -162,21 +218,34 @@ class Pace:
 
     # ------------------------------------------------------------------ the choice
 
-    def choose(self, tokens: int, positions: int, waiting: int, before: int, budget: int) -> int:
-        """Prompt tokens for a step whose decodes compute `tokens` tokens and read `positions` positions, while `waiting` prompt tokens
-        wait, behind `before` of their own."""
-        times = self.times
+    def choose(self, tokens: int, positions: int, needs: Needs, budget: int, goal_ns: int = 0) -> Share:
+        """For a step whose decodes compute `tokens` tokens and read `positions` positions. `goal_ns`: the strictest that one of these has of its own, as if it
+        was stated; 0: none has."""
+        times, waiting = self.times, needs.waiting
         if not waiting:
             self._rate = 0.0
         if not waiting or not times.known:
-            return budget
-        self.limit_ns = self.target_ns or STRETCH * times.time(tokens, positions)
-        limit = self.limit_ns * MARGIN if self.target_ns else self.limit_ns
-        if self._purse >= 1:
-            limit = limit * LONG if self.target_ns else math.inf
-        most = max(times.room(tokens, positions, before, limit), LEAST)
-        if not self.target_ns:
+            return Share(budget)
+        stated = goal_ns or self.target_ns
+        self.limit_ns = stated or max(STRETCH * self._usual, LOOSEST * times.time(tokens, positions))
+        room = self._room(tokens, positions, needs, self.limit_ns * MARGIN, budget)
+        if self._purse >= 1 and waiting > room * (1 + FLUSH * (1 - self._purse / PURSE)):
+            if not stated:
+                return Share(budget)
+            room = self._room(tokens, positions, needs, stated * MARGIN * LONG, budget)
+        kept = needs.shorts(room)
+        most = room
+        if not stated:
+            even = times.room(tokens, positions, needs.before, self._usual)
             steps = max(FEWEST_STEPS, SHARE * self._answer)
             self._rate = max(waiting / steps, self._rate * (1 - FADE / steps))
-            most = max(most, self._rate)
-        return math.ceil(min(most, budget))
+            most = max(min(room, max(even, kept, needs.long(room) / PIECES, LEAST)), self._rate)
+        self._passed = self._passed + 1 if most - kept < min(LEAST, waiting - kept) else 0
+        if self._passed >= TURN:
+            kept = self._passed = 0
+        most = math.ceil(min(most, budget))
+        return Share(most, min(kept, most), math.floor(room))
+
+    def _room(self, tokens: int, positions: int, needs: Needs, limit_ns: float, budget: int) -> float:
+        """Prompt tokens with which the step takes so long, within what a step has in any case."""
+        return min(max(self.times.room(tokens, positions, needs.before, limit_ns), LEAST), budget)

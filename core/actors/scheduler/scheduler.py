@@ -370,7 +370,7 @@ class Scheduler:
         self._line.take_decodes(outline, rows)
         self._line.take_chunks(outline)
         entries, room = self._line.entries(outline)
-        asked = self._line.next_entries(entries, outline.budget, room)
+        asked = self._line.next_entries(entries, outline, room)
         if outline.rows is not rows or rows.tokens != tokens:
             short, reach = board.slots.short(outline.rows) if outline.rows is not None else (NOBODY, EMPTY_I32)
         if short.size and outline.rows is not None and (early := self._memory.early(outline.rows)):

@@ -132,6 +132,9 @@ class Slots:
         """Draws under a mask."""
         self.wish: I8 = np.zeros(count, np.int8)
         """Drafts: 1 whatever they cost, -1 never."""
+        self.itl_ns: I64 = np.zeros(count, np.int64)
+        """What a step that it decodes in should take at most; 0: it has no goal of its own."""
+        self.any_itl = False
         self.wide = False
         """Whether any row of the step being planned computes drafts along."""
         self._ahead = column()
@@ -197,6 +200,8 @@ class Slots:
         self.solo[slot] = request.group is not None
         self.grammar[slot] = request.grammar
         self.wish[slot] = request.wish
+        self.itl_ns[slot] = request.itl_ns
+        self.any_itl = self.any_itl or request.itl_ns > 0
         self.shown[slot] = self.drafted[slot] = 0
         if self.wide:
             self._aheads()[slot] = 0
@@ -264,6 +269,14 @@ class Slots:
     def left(self, index: Index) -> int:
         """See Rows."""
         return int((self.limit[index] - self.length[index]).min(initial=MANY))
+
+    def goal(self, index: Index) -> int:
+        """The strictest that these have of their own, in ns; 0: none has."""
+        if not self.any_itl:
+            return 0
+        goals = self.itl_ns[index]
+        goals = goals[goals > 0]
+        return int(goals.min()) if goals.size else 0
 
     def narrow(self, rows: Rows | None) -> None:
         """These rows have no drafts in the step being planned, and nobody else has a row."""

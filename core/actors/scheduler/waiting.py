@@ -17,6 +17,12 @@ from penstock.core.protocol.messages import Admit, seq_of
 from penstock.core.protocol.sampling import Beam, SamplingParams
 
 
+def itl_goal_ns(admit: Admit) -> int:
+    """What a step that the request decodes in should take at most (see pace.py); 0: it has no goal of its own. None has yet: this is where a class of requests
+    would say it, and the strictest of those that run holds for all."""
+    return 0
+
+
 class Request:
     """One admitted prompt; `stop_ids` are all ids that end a sequence. `prompt_logprobs_next` is the next prompt position whose
     log-probability was not delivered yet (a recomputation does not deliver one twice). `draws_nothing`: max_tokens is 0, only the prompt is
@@ -30,6 +36,7 @@ class Request:
         "group",
         "hashes",
         "incarnation",
+        "itl_ns",
         "key",
         "limit",
         "live",
@@ -56,6 +63,7 @@ class Request:
         self.priority = admit.priority
         self.arrival_ns = admit.arrival_ns or now_ns
         self.limit = limit
+        self.itl_ns = itl_goal_ns(admit)
         self.draws_nothing = admit.max_tokens == 0
         self.grammar = bool(admit.grammar) and not self.draws_nothing
         self.wish = {True: 1, False: -1, None: 0}[admit.spec_decode]
@@ -166,6 +174,11 @@ class Entry:
         for sequence in seqs:
             sequence.entry = self
             sequence.lead = None
+
+    @property
+    def uncached(self) -> int:
+        """Tokens that the prefix cache did not have."""
+        return int(self.tokens.size) - self.cached
 
 
 class WaitingRoom:
