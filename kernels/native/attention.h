@@ -170,14 +170,23 @@ INLINE long place_of(long place, uint64_t ancestors, long back) {
     return MAX(0, place - __builtin_ctzll(ancestors));
 }
 
-/* Key `i` of a group of 16, and its value, to be key `j` of another. size: bytes of an element. */
-INLINE void copy_lane(const char *k, const char *v, long i, char *to_k, char *to_v, long j, long dim, long size) {
+/* Key `i` of a group of 16, and its value, to be key `j` of another. size: bytes of an element; a constant, so that they are copied without a call. */
+INLINE void copy_lane_of(const long size, const char *k, const char *v, long i, char *to_k, char *to_v, long j, long dim) {
     const long il = size == 2 ? 2 : 1;
-    for (long d = 0; d < dim; d++) {
-        const long x = d / il * 16 * il + d % il, y = d / 16 * 256 + d % 16 * il;
-        memcpy(to_k + (j * il + x) * size, k + (i * il + x) * size, (size_t)size);
-        memcpy(to_v + (j / il * il * 16 + j % il + y) * size, v + (i / il * il * 16 + i % il + y) * size, (size_t)size);
-    }
+    for (long d = 0; d < dim; d += 16) /* of a value 16 dimensions lie in a row */
+        for (long e = 0; e < 16; e++) {
+            const long x = ((d + e) / il * 16 * il + (d + e) % il) * size, y = (d * 16 + e * il) * size;
+            memcpy(to_k + x + j * il * size, k + x + i * il * size, (size_t)size);
+            memcpy(to_v + y + (j / il * il * 16 + j % il) * size, v + y + (i / il * il * 16 + i % il) * size, (size_t)size);
+        }
+}
+static void copy_lane(long size, const char *k, const char *v, long i, char *to_k, char *to_v, long j, long dim) {
+    if (size == 1)
+        copy_lane_of(1, k, v, i, to_k, to_v, j, dim);
+    else if (size == 2)
+        copy_lane_of(2, k, v, i, to_k, to_v, j, dim);
+    else
+        copy_lane_of(4, k, v, i, to_k, to_v, j, dim);
 }
 
 /* 16 keys and values from position `first` on of the row at `position`, which lies at `place`: copied to `line`, if some lie elsewhere than at their positions. Pointers as they
@@ -197,7 +206,7 @@ static void line_group(const attention *a, const int32_t *table, long kv_head, i
             copied = 1;
         }
         const long block = table[from / a->block_size] * a->block_bytes, key = kv_head * a->block_size + from % a->block_size, group = block + key / 16 * bytes;
-        copy_lane(a->k_cache + group, a->v_cache + group, key % 16, to_k, to_v, j, dim, size);
+        copy_lane(size, a->k_cache + group, a->v_cache + group, key % 16, to_k, to_v, j, dim);
         if (coded) memcpy(to_ks + j * 2, a->k_scales + block + key * 2, 2), memcpy(to_vs + j * 2, a->v_scales + block + key * 2, 2);
     }
     if (!copied) return;
