@@ -496,7 +496,7 @@ def grammars(
     multiple=True,
     default=['{"method": "ngram"}'],
     show_default=True,
-    help="A value of --speculative-config (several times).",
+    help="A value of --speculative-config (several times); {} is another engine without, which tells how rough the figures are.",
 )
 @click.option("--model", help="Folder of a model; the demo model without.")
 @click.option("--shape", type=click.Choice(("small",)), help="A model of this size whose answers are known, instead: written for the run.")

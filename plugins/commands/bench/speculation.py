@@ -84,10 +84,12 @@ def in_turn(names: list[str], turn: int) -> list[str]:
 
 
 def measured(configs: list[dict[str, Any]], common: dict[str, Any], asks: dict[str, Ask], *, turns: int) -> dict[str, Any]:
-    """By configuration ("off" first) and kind: tokens a second (median of the turns), and the median ratio to "off" of the same turn."""
+    """By configuration ("off" first) and kind: tokens a second (median of the turns), and the median ratio to "off" of the same turn. An
+    empty configuration is another engine without: what its ratio is off 1 is how rough the figures are."""
     from penstock import LLM
 
-    named: dict[str, dict[str, Any]] = {"off": {}, **{json.dumps(config): {"speculative_config": json.dumps(config)} for config in configs}}
+    named: dict[str, dict[str, Any]] = {"off": {}}
+    named |= {json.dumps(config): {"speculative_config": json.dumps(config)} if config else {} for config in configs}
     rates: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in asks} for name in named}
     used: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in asks} for name in named}
     with contextlib.ExitStack() as stack:
