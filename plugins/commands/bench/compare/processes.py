@@ -74,9 +74,14 @@ class Process:
         assert self._process.stdout is not None
         return self._process.stdout
 
-    def left(self) -> bool:
-        """Has the command ended? It stays unreaped until `stop`, so that its number, which is also its group's, is nobody else's."""
-        return self._process.returncode is not None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    def left(self, within_s: float = 0.0) -> bool:
+        """Has the command ended, or does it `within_s`? It stays unreaped until `stop`, so that its number, which is also its group's, is nobody else's."""
+        deadline = time.monotonic() + within_s
+        while self._process.returncode is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
     def busy_s(self) -> float:
         """CPU seconds that it and what it started have used."""
