@@ -89,19 +89,27 @@ def quality_of(config: Config, kv_dtype: str = "") -> Quality | None:
     if config.model is None or not (model := Path(config.model)).exists():
         return None
     own, kv = _stored(model), kv_dtype if config.kv_cache_dtype != "auto" else ""
+    rounded = config.quantization if _rounds(model, config.quantization) else None
     head = f"lm_head {config.lm_head_quantization}" if config.lm_head_quantization else ""
     besides = [part for part in (head, f"KV cache {kv}" if kv else "") if part]
-    if own and not besides:
+    if own and not rounded and not besides:
         record, _ = read_record(model)
         if record is not None:
             top1 = record["top1"] if isinstance(record["top1"], int | float) and math.isfinite(record["top1"]) else None
             scheme = str(record["scheme"])[:LONGEST]
             return Quality(scheme=scheme, status="measured", kl_mean=float(record["kl_mean"]), top1=top1, record=str(record[SEAL]))
         return Quality(scheme=own, status="unmeasured")
-    if not own and not config.quantization and not besides:
+    if not own and not rounded and not besides:
         return Quality(scheme="wide", status="wide")
-    weights = own or config.quantization or ("" if head else "wide")
+    weights = rounded or own or ("" if head else "wide")
     return Quality(scheme=", ".join(filter(None, (weights, *besides))), status="unmeasured")
+
+
+def _rounds(model: Path, quantization: str | None) -> bool:
+    """Whether --quantization rounds a wide model while it loads. A file's can be wide, too: then the word is another one than what such files are called."""
+    if not quantization:
+        return False
+    return quantization.lower() != _stored(model) if model.is_file() else not _stored(model)
 
 
 def _stored(model: Path) -> str:
@@ -144,12 +152,14 @@ def gate(config: Config) -> str | None:
     head = config.lm_head_quantization
     if word == "off" or config.model is None or not (four_bits(model := Path(config.model), quantization) or head in FOUR):
         return None
-    if head in FOUR or (quantization in FOUR and not four_bits(model, None)):
+    if head in FOUR or (quantization in FOUR and _rounds(model, quantization)):
         option = f"--lm-head-quantization {head}" if head in FOUR else f"--quantization {quantization}"
+        write = f"Write the quantised model with `penstock quantize {model} --scheme w4a16 --out FOLDER`"
+        if model.is_file():  # which quantize does not read
+            write = "Make a FOLDER, or a GGUF file, of 4 bits with the program that made the file"
         why = (
-            f"{option} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
-            f" `penstock quantize {model} --scheme w4a16 --out FOLDER`, measure it with `penstock quant report FOLDER --against {model} --text FILE`"
-            " and serve FOLDER"
+            f"{option} rounds to 4 bits while loading, of which no record is kept. {write}, measure it with"
+            f" `penstock quant report FOLDER --against {model} --text FILE` and serve FOLDER"
         )
         return _judged(word, why)
     record, missing = read_record(model)

@@ -202,3 +202,12 @@ def test_a_head_of_four_bits_needs_a_record_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--lm-head-quantization int4 rounds to 4 bits"):
         gate(asked(folder_of(tmp_path, {}), lm_head_quantization="int4"))
     assert gate(asked(tmp_path, lm_head_quantization="int8")) is None
+
+
+def test_the_record_of_a_gguf_file_is_not_that_of_what_is_rounded_from_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" * 10)
+    keep(file)
+    with pytest.raises(ConfigError, match="--quantization int4 rounds"):
+        gate(asked(file, quantization="int4"))
+    assert quality_of(asked(file, quantization="int4")) == Quality(scheme="int4", status="unmeasured")
