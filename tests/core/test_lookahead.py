@@ -270,7 +270,7 @@ def test_while_no_drafts_are_best_for_long_nobody_is_asked_how_many(depth: int, 
         return 0
 
     widths.choose, widths.rested = choose, rested.append
-    widths.timed = lambda rows, width, ns, mixed=False, steady=True: timed.append((width, steady))
+    widths.timed = lambda rows, width, ns, mixed=False, steady=True, whole=False: timed.append((width, steady))
     key = sim.admit([1, 2, 3], max_tokens=60)
     steps = sim.run()
     assert steps == 60
@@ -447,6 +447,16 @@ def test_a_drafter_that_fails_is_not_asked_again_and_nobody_notices(make_sim: Ma
     sim.check_idle()
 
 
+def _is_asked_no_more(make_sim: Make, says: Knows) -> None:
+    """After its first answer; the request has all of its tokens all the same."""
+    sim = hosted(make_sim, says, drafters=("mine",), flags=(True,), drafts=())
+    key = sim.admit([1, 2, 3], max_tokens=12)
+    sim.run()
+    assert len(sim.output(key)) == 12
+    assert says.asked == 1
+    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
+
+
 @pytest.mark.parametrize("said", [np.array([1 << 40]), np.array([-1]), np.array([1.0]), np.array([True]), np.array([[1]]), np.array("one")])
 def test_what_is_no_token_id_is_no_draft(said: Any, make_sim: Make) -> None:
     class Says(Knows):
@@ -455,12 +465,7 @@ def test_what_is_no_token_id_is_no_draft(said: Any, make_sim: Make) -> None:
             return said
 
     says = Says()
-    sim = hosted(make_sim, says, drafters=("mine",), flags=(True,), drafts=())
-    key = sim.admit([1, 2, 3], max_tokens=12)
-    sim.run()
-    assert len(sim.output(key)) == 12
-    assert says.asked == 1
-    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
+    _is_asked_no_more(make_sim, says)
 
 
 class KnowsMany(Knows):
@@ -517,12 +522,7 @@ def test_a_drafter_may_be_asked_about_all_rows_at_once(make_sim: Make) -> None:
 def test_what_is_no_column_of_drafts_is_none(said: Any, make_sim: Make) -> None:
     says = KnowsMany()
     says.said = said
-    sim = hosted(make_sim, says, drafters=("mine",), flags=(True,), drafts=())
-    key = sim.admit([1, 2, 3], max_tokens=12)
-    sim.run()
-    assert len(sim.output(key)) == 12
-    assert says.asked == 1
-    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
+    _is_asked_no_more(make_sim, says)
 
 
 def test_a_drafter_may_work_in_pieces_between_steps(make_sim: Make) -> None:

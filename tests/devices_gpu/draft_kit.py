@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,8 @@ def truth_of(jobs: Sequence[Job]) -> dict[bytes, int]:
 
 
 @contextmanager
-def heard(runner: Any) -> Iterator[dict[tuple[int, ...], list[int]]]:
-    """Inside, of a runner on host memory: history -> what was drafted behind it."""
+def heard(runner: Any, tell: Callable[[tuple[int, ...], int], None] | None = None) -> Iterator[dict[tuple[int, ...], list[int]]]:
+    """Inside, of a runner on host memory: history -> what was drafted behind it. `tell` hears of each such history and its slot at that moment."""
     found: dict[tuple[int, ...], list[int]] = {}
     sample = runner.sample
 
@@ -34,7 +34,10 @@ def heard(runner: Any) -> Iterator[dict[tuple[int, ...], list[int]]]:
             count = int(done.counts[row]) if len(done.counts) else 1
             if work.drafts:
                 drafts = done.drafts[row * work.drafts : (row + 1) * work.drafts].tolist()
-                found[tuple(runner.history[slot, : position + count].tolist())] = drafts
+                history = tuple(runner.history[slot, : position + count].tolist())
+                found[history] = drafts
+                if tell is not None:
+                    tell(history, slot)
         return lambda: done
 
     runner.sample = listening

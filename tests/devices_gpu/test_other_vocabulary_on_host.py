@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from draft_kit import heard
 from vocabularies import renumbered, spelled_out
 
 from penstock.core.protocol.columns import i32
@@ -62,24 +63,15 @@ def asking(model: Path, **fields: Any) -> dict[str, Any]:
 
 def drafts_of(runner: Any, options: Options) -> dict[tuple[int, ...], tuple[list[int], list[int]]]:
     """History -> what was drafted behind it, and what the draft model took it for."""
-    found: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
-    sample = runner.sample
+    own: dict[tuple[int, ...], list[int]] = {}
     contexts = getattr(runner._drafters[0], "_contexts", None)
 
-    def listening(work: Any) -> Any:
-        done = sample(work)()
-        for row, (slot, position) in enumerate(zip(work.slots.tolist(), work.positions.tolist(), strict=True)):
-            count = int(done.counts[row]) if len(done.counts) else 1
-            if work.drafts:
-                drafts = done.drafts[row * work.drafts : (row + 1) * work.drafts].tolist()
-                own = [] if contexts is None else contexts.history[slot, : int(contexts._ends[slot])].tolist()
-                found[tuple(runner.history[slot, : position + count].tolist())] = drafts, own
-        return lambda: done
+    def note(history: tuple[int, ...], slot: int) -> None:
+        own[history] = [] if contexts is None else contexts.history[slot, : int(contexts._ends[slot])].tolist()
 
-    runner.sample = listening
-    Driver(runner, options).run(jobs(greedy=True))
-    runner.sample = sample
-    return found
+    with heard(runner, note) as found:
+        Driver(runner, options).run(jobs(greedy=True))
+    return {history: (drafts, own[history]) for history, drafts in found.items()}
 
 
 @pytest.mark.parametrize("lane", ["device", "cpu"])

@@ -276,8 +276,7 @@ class Drafting:
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
             steady = chosen == flight.chosen and not (flight.early or flight.partial)
-            told = {"whole": True} if flight.caught else {}
-            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, steady, **told)
+            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, steady, flight.caught)
         begun, self._before, self._finished_ns = self._finished_ns, kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
