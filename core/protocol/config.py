@@ -169,7 +169,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float | None,
         opt(
             "What a step that decodes should take at most with prompts beside, in ms, nearly always (97 of 100 steps, so P95 of inter-token latency): their chunks are as large"
-            " as measured step times allow. 0: no limit. Default: on a GPU 1.3 times the median of steps that decode, as far as nobody waits long for it; none on a CPU,"
+            " as measured step times allow. 0: no limit. Default: on a GPU 1.28 times the median of steps that decode, as far as nobody waits long for it; none on a CPU,"
             " in `penstock.LLM`, or with --mixed-prefill-tokens.",
             "engine",
         ),

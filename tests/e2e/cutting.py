@@ -21,6 +21,8 @@ _KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 WAYS = ("close", "reset", "half", "stay")
 """How a client leaves: FIN, RST, its sending side alone, not at all (another connection takes the stream over)."""
 DONE = b"[DONE]"
+TAKEN = b'"code":"stream_taken"'
+"""What a reader hears whose stream another one resumes."""
 
 
 class Event(NamedTuple):
@@ -217,8 +219,9 @@ class Torn:
         sock.close()
 
     def _take(self, heard: Heard) -> None:
-        """Every event is the next one."""
-        resumed = self._begun
+        """Every event is the next one. A question of an earlier connection, left unread, may reach the server through another process after this one's, and take the stream over: then it is
+        taken back."""
+        resumed, taken = self._begun, False
         if heard.status in (200, 409) or heard.events:  # 409: it had begun, and the reply to that was lost
             self._begun = True
         elif heard.status == 404 and not self.payloads:  # or it never did: ask again, which cannot run twice
@@ -229,10 +232,13 @@ class Torn:
             assert heard.status == 204, (heard.status, heard.body)
         self.resumed += resumed and bool(heard.events)
         for event in heard.events:
+            if TAKEN in event.payload:
+                taken = True
+                break
             assert event.number is not None, event.payload
             assert event.number == len(self.payloads) + 1, f"event {event.number} came behind {len(self.payloads)}"
             self.payloads.append(event.payload)
-        if heard.status in (200, 204) and heard.over:
+        if heard.status in (200, 204) and heard.over and not taken:
             self.over = True
 
     # --- all of them
